@@ -1,1 +1,8 @@
+//! TitanBit pretrains BitNet b1.58 language models: every projection weight is -1, 0 or +1.
 
+pub mod cli;
+pub mod data;
+pub mod error;
+pub mod quant;
+
+pub use error::{Error, Result};

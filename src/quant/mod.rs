@@ -1,0 +1,1 @@
+//! Ternary and int8 codes, and their packing.
