@@ -3,6 +3,7 @@
 pub mod cli;
 pub mod data;
 pub mod error;
+pub mod model;
 pub mod quant;
 
 pub use error::{Error, Result};

@@ -1,0 +1,10 @@
+//! The BitNet b1.58 network: its shape, its parameters and its forward pass.
+
+mod config;
+pub mod ops;
+mod parameters;
+mod transformer;
+
+pub use config::{Activation, BitNetConfig, ParameterCount, Projection};
+pub use parameters::{Parameter, Parameters};
+pub use transformer::{BitNetTransformer, Output};

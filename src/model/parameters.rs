@@ -1,0 +1,210 @@
+//! The weights of a model by name (the names of `transformers`' bitnet model), their
+//! initialisation, and reading and writing them as safetensors.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor, Var};
+use rayon::prelude::*;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use super::BitNetConfig;
+use crate::{Error, Result};
+
+/// One trainable tensor, f32.
+#[derive(Clone, Debug)]
+pub struct Parameter {
+    pub name: String,
+    pub var: Var,
+    /// Takes weight decay: projections and the LM head, not norms and embeddings.
+    pub decay: bool,
+}
+
+/// All weights of a model, in the order of use.
+#[derive(Clone, Debug)]
+pub struct Parameters(Vec<Parameter>);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Norm,
+    Embedding,
+    Matrix,
+}
+
+/// Name, shape and kind of every weight of `config`.
+fn specifications(config: &BitNetConfig) -> Vec<(String, Vec<usize>, Kind)> {
+    let table = vec![config.vocab_size, config.hidden_size];
+    let mut all = vec![(
+        "model.embed_tokens.weight".to_string(),
+        table.clone(),
+        Kind::Embedding,
+    )];
+    for layer in 0..config.layers {
+        let mut add = |name: &str, shape: Vec<usize>, kind| {
+            all.push((format!("model.layers.{layer}.{name}.weight"), shape, kind));
+        };
+        for (name, features) in [
+            ("input_layernorm", config.hidden_size),
+            ("self_attn.attn_sub_norm", config.hidden_size),
+            ("post_attention_layernorm", config.hidden_size),
+            ("mlp.ffn_sub_norm", config.intermediate_size),
+        ] {
+            add(name, vec![features], Kind::Norm);
+        }
+        for projection in config.projections() {
+            let shape = vec![projection.rows, projection.cols];
+            add(projection.name, shape, Kind::Matrix);
+        }
+    }
+    all.push(("model.norm.weight".into(), vec![config.hidden_size], Kind::Norm));
+    if !config.tie_embeddings {
+        all.push(("lm_head.weight".into(), table, Kind::Matrix));
+    }
+    all
+}
+
+/// splitmix64 (Steele, Lea, Flood 2014): a uniform in (0, 1] per call.
+struct Uniform(u64);
+
+impl Uniform {
+    fn next(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^= z >> 31;
+        ((z >> 11) + 1) as f64 / (1u64 << 53) as f64
+    }
+}
+
+/// N(0, std) by Box-Muller, a stream of its own per name and block: the same values on every
+/// device and with any number of threads.
+fn normal(name: &str, count: usize, std: f64, seed: u64) -> Vec<f32> {
+    const BLOCK: usize = 1 << 16;
+    let stream = xxh3_64_with_seed(name.as_bytes(), seed);
+    let mut values = vec![0f32; count];
+    values
+        .par_chunks_mut(BLOCK)
+        .enumerate()
+        .for_each(|(block, values)| {
+            let key = xxh3_64_with_seed(&(block as u64).to_le_bytes(), stream);
+            let mut uniform = Uniform(key);
+            for pair in values.chunks_mut(2) {
+                let radius = std * (-2.0 * uniform.next().ln()).sqrt();
+                let (sin, cos) = (std::f64::consts::TAU * uniform.next()).sin_cos();
+                for (value, part) in pair.iter_mut().zip([cos, sin]) {
+                    *value = (radius * part) as f32;
+                }
+            }
+        });
+    values
+}
+
+impl Parameters {
+    /// N(0, `init_std`) matrices and unit norms, the same from the same seed on every device.
+    pub fn init(config: &BitNetConfig, seed: u64, device: &Device) -> Result<Self> {
+        Self::build(config, |name, shape, kind| {
+            let count = shape.iter().product();
+            let values = match kind {
+                Kind::Norm => vec![1f32; count],
+                Kind::Embedding | Kind::Matrix => normal(name, count, config.init_std, seed),
+            };
+            Ok(Var::from_vec(values, shape, device)?)
+        })
+    }
+
+    /// Reads every weight of `config` from a safetensors file.
+    ///
+    /// # Errors
+    /// A tensor that is missing, of another shape, or not floating point, by name.
+    pub fn load(config: &BitNetConfig, path: &Path, device: &Device) -> Result<Self> {
+        let tensors = candle_core::safetensors::load(path, &Device::Cpu)
+            .map_err(|e| Error::format(path, format!("not a readable safetensors file ({e})")))?;
+        Self::from_tensors(config, &tensors, device).map_err(|e| match e {
+            Error::Usage(what) => Error::format(path, what),
+            other => other,
+        })
+    }
+
+    /// Takes every weight of `config` from `tensors`, by name.
+    pub fn from_tensors(
+        config: &BitNetConfig,
+        tensors: &HashMap<String, Tensor>,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::build(config, |name, shape, _| {
+            let tensor = checked(tensors, name, &shape)?;
+            Ok(Var::from_tensor(&tensor.to_device(device)?)?)
+        })
+    }
+
+    fn build(
+        config: &BitNetConfig,
+        make: impl Fn(&str, Vec<usize>, Kind) -> Result<Var>,
+    ) -> Result<Self> {
+        specifications(config)
+            .into_iter()
+            .map(|(name, shape, kind)| {
+                let var = make(&name, shape, kind)?;
+                Ok(Parameter {
+                    decay: kind == Kind::Matrix,
+                    name,
+                    var,
+                })
+            })
+            .collect::<Result<_>>()
+            .map(Self)
+    }
+
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &Parameter> {
+        self.0.iter()
+    }
+
+    /// The weight called `name`; a name that `specifications` lists is always there.
+    pub(super) fn tensor(&self, name: &str) -> Result<Tensor> {
+        self.0
+            .iter()
+            .find(|p| p.name == name)
+            .map(|p| p.var.as_tensor().clone())
+            .ok_or_else(|| Error::usage(format!("the model has no weight called `{name}`")))
+    }
+}
+
+/// The f32 tensor called `name`, if it has the shape the model needs.
+pub(crate) fn checked(
+    tensors: &HashMap<String, Tensor>,
+    name: &str,
+    shape: &[usize],
+) -> Result<Tensor> {
+    let tensor = tensors
+        .get(name)
+        .ok_or_else(|| Error::usage(format!("tensor `{name}` is missing: another model's file?")))?;
+    if tensor.dims() != shape {
+        return Err(Error::usage(format!(
+            "tensor `{name}` has shape {:?}, the model needs {shape:?}: check the model section",
+            tensor.dims()
+        )));
+    }
+    Ok(tensor.to_dtype(DType::F32)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn initialisation_is_normal_and_seeded() {
+        let values = normal("w", 200_001, 0.02, 7);
+        let n = values.len() as f64;
+        let mean = values.iter().map(|x| *x as f64).sum::<f64>() / n;
+        let variance = values.iter().map(|x| (*x as f64 - mean).powi(2)).sum::<f64>() / n;
+        // Five standard errors of each estimate.
+        assert!(mean.abs() < 5.0 * 0.02 / n.sqrt(), "{mean}");
+        assert!((variance.sqrt() / 0.02 - 1.0).abs() < 5.0 / (2.0 * n).sqrt());
+        let beyond = values.iter().filter(|x| x.abs() > 0.04).count() as f64 / n;
+        assert!((beyond - 0.0455).abs() < 0.003, "{beyond}");
+        assert_eq!(values, normal("w", 200_001, 0.02, 7));
+        assert_ne!(values, normal("w", 200_001, 0.02, 8));
+        assert_ne!(values, normal("v", 200_001, 0.02, 7));
+    }
+}
