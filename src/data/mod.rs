@@ -1,1 +1,16 @@
 //! Token files, datasets and tokenisation.
+//!
+//! [`tokenize::run`] turns text into token files; [`TokenSet`] opens them, [`Mixture`] says which
+//! window of which set is sample number `i`, and [`Loader`] prefetches batches of windows.
+
+pub mod bin_format;
+pub mod bin_writer;
+pub mod dataset;
+pub mod loader;
+pub mod sampler;
+
+pub use bin_format::{Sidecar, TokenDtype, TokenFile};
+pub use bin_writer::TokenWriter;
+pub use dataset::{Batch, TokenSet};
+pub use loader::Loader;
+pub use sampler::Mixture;

@@ -1,1 +1,8 @@
-//! Ternary and int8 codes, and their packing.
+//! Ternary and int8 codes, their packing, and the exact integer product over them.
+
+pub mod matmul;
+pub mod packing;
+pub mod ternary;
+
+pub use matmul::ternary_matmul;
+pub use packing::PackedTernary;

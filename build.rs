@@ -1,0 +1,75 @@
+//! With the `cuda` feature: compiles each `kernels/*.cu` to a fatbin of the same name in `OUT_DIR`,
+//! with machine code for A100 (sm_80), L20/L40S/RTX 40xx (sm_89) and H100/H200 (sm_90a), and PTX
+//! for the driver to compile on anything newer. Without it: nothing.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+const TARGETS: [&str; 3] = [
+    "arch=compute_80,code=[sm_80,compute_80]",
+    "arch=compute_89,code=sm_89",
+    "arch=compute_90a,code=sm_90a",
+];
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    println!("cargo::rerun-if-changed=kernels");
+    for variable in ["CUDA_HOME", "CUDA_PATH", "PATH"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    let nvcc = find_nvcc();
+    let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    for entry in fs::read_dir("kernels").expect("the crate has a kernels directory") {
+        let source = entry.expect("kernels is readable").path();
+        if source
+            .extension()
+            .is_some_and(|extension| extension == "cu")
+        {
+            let name = source.file_stem().expect("a .cu file has a name");
+            compile(&nvcc, &source, &out_dir.join(name).with_extension("fatbin"));
+        }
+    }
+}
+
+fn find_nvcc() -> PathBuf {
+    let homes = ["CUDA_HOME", "CUDA_PATH"]
+        .into_iter()
+        .filter_map(env::var_os)
+        .map(|home| PathBuf::from(home).join("bin"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    homes
+        .chain(env::split_paths(&path))
+        .map(|directory| {
+            directory
+                .join("nvcc")
+                .with_extension(env::consts::EXE_EXTENSION)
+        })
+        .find(|nvcc| nvcc.is_file())
+        .unwrap_or_else(|| {
+            panic!(
+                "the `cuda` feature needs the CUDA toolkit, and nvcc is neither in $CUDA_HOME/bin, \
+                 $CUDA_PATH/bin nor on PATH: install CUDA 12.4 or newer from \
+                 https://developer.nvidia.com/cuda-downloads and set CUDA_HOME, \
+                 or build without `--features cuda`"
+            )
+        })
+}
+
+fn compile(nvcc: &Path, source: &Path, fatbin: &Path) {
+    let status = Command::new(nvcc)
+        .args(["-fatbin", "-O3", "-std=c++17", "-Werror", "all-warnings"])
+        .args(TARGETS.iter().flat_map(|target| ["-gencode", target]))
+        .arg("-o")
+        .args([fatbin, source])
+        .status()
+        .unwrap_or_else(|error| panic!("cannot run {}: {error}", nvcc.display()));
+    assert!(
+        status.success(),
+        "nvcc could not compile {}",
+        source.display()
+    );
+}

@@ -1,0 +1,103 @@
+//! Which device a command runs on: the `--device` flag and the name shown to the user.
+
+use std::fs;
+
+use candle_core::Device;
+
+use crate::{Error, Result};
+
+/// The device that `spec` names: `cpu`, `cuda` (the first GPU), `cuda:N`, or `auto`: the first GPU
+/// if this binary has CUDA support and one answers, else the CPU (with a warning in the first case).
+///
+/// Errors (usage) on any other name, and when a GPU is asked for by name and there is none.
+pub fn select(spec: &str) -> Result<Device> {
+    match spec {
+        "auto" => Ok(auto()),
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => cuda(0),
+        _ => match spec.strip_prefix("cuda:").map(str::parse) {
+            Some(Ok(ordinal)) => cuda(ordinal),
+            _ => Err(Error::usage(format!(
+                "unknown device '{spec}': use auto, cpu, cuda or cuda:N (N counts GPUs from 0)"
+            ))),
+        },
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn auto() -> Device {
+    Device::Cpu
+}
+
+#[cfg(feature = "cuda")]
+fn auto() -> Device {
+    cuda(0).unwrap_or_else(|error| {
+        tracing::warn!("{error}; running on the CPU");
+        Device::Cpu
+    })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(_ordinal: usize) -> Result<Device> {
+    Err(Error::usage(
+        "this binary was built without CUDA support; \
+         rebuild with `cargo build --release --features cuda` or use --device cpu",
+    ))
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(ordinal: usize) -> Result<Device> {
+    let device = candle_core::CudaDevice::new_with_stream(ordinal).map_err(|error| {
+        // candle appends a backtrace on further lines when RUST_BACKTRACE is set.
+        let reason = error
+            .to_string()
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .to_owned();
+        Error::usage(format!(
+            "no usable NVIDIA GPU as cuda:{ordinal} ({reason}); \
+             look at `nvidia-smi`, or use --device cpu"
+        ))
+    })?;
+    // SAFETY: the events order work between streams, and everything of ours runs on the one
+    // stream of this device; without them each launch saves several driver calls.
+    unsafe { device.disable_event_tracking() };
+    Ok(Device::Cuda(device))
+}
+
+/// One line for people, e.g. `CPU (AMD EPYC 9654)` or `cuda:0 (NVIDIA H200, sm_90, 140 GiB)`.
+pub fn describe(device: &Device) -> String {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => describe_cuda(device),
+        _ => format!("CPU ({})", cpu_model()),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn describe_cuda(device: &candle_core::CudaDevice) -> String {
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    let name = context.name().unwrap_or_else(|_| "unknown GPU".into());
+    let capability = context
+        .compute_capability()
+        .map(|(major, minor)| format!(", sm_{major}{minor}"))
+        .unwrap_or_default();
+    let memory = context
+        .total_mem()
+        .map(|bytes| format!(", {:.0} GiB", bytes as f64 / f64::from(1 << 30)))
+        .unwrap_or_default();
+    format!("cuda:{} ({name}{capability}{memory})", context.ordinal())
+}
+
+/// The processor's name as Linux gives it, elsewhere its architecture.
+fn cpu_model() -> String {
+    fs::read_to_string("/proc/cpuinfo")
+        .ok()
+        .and_then(|info| {
+            let line = info.lines().find(|line| line.starts_with("model name"))?;
+            Some(line.split_once(':')?.1.trim().to_owned())
+        })
+        .unwrap_or_else(|| std::env::consts::ARCH.to_owned())
+}

@@ -1,0 +1,105 @@
+//! 2-bit packing of ternary codes: 16 values in a 32-bit word.
+//!
+//! Layout: a matrix of `rows` x `cols` codes is stored row by row, each row in `ceil(cols / 16)`
+//! words. Value `i` of a word sits in bits `2i` and `2i + 1` (little end first) as `code + 1`:
+//!
+//! | code | -1 | 0 | +1 |
+//! |---|---|---|---|
+//! | bits | 00 | 01 | 10 |
+//!
+//! Bits 11 never occur. The tail of a row's last word is padded with code 0, which adds nothing to
+//! a product, so a kernel may run over whole words.
+
+use crate::{Error, Result};
+
+/// Values in one word.
+pub const VALUES_PER_WORD: usize = 32 / BITS;
+const BITS: usize = 2;
+
+/// A `rows` x `cols` matrix of ternary codes, 2 bits each (layout: see the module).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PackedTernary {
+    rows: usize,
+    cols: usize,
+    words: Vec<u32>,
+}
+
+impl PackedTernary {
+    /// Packs row-major `codes` (each -1, 0 or 1) of shape (`rows`, `cols`), both at least 1.
+    ///
+    /// Errors on a length other than `rows * cols` and on any other value, naming its place.
+    pub fn pack(codes: &[i8], rows: usize, cols: usize) -> Result<Self> {
+        if rows == 0 || cols == 0 || rows.checked_mul(cols) != Some(codes.len()) {
+            return Err(Error::usage(format!(
+                "cannot pack {} codes as a matrix of {rows} x {cols}: \
+                 the shape must be non-empty and hold exactly the codes given",
+                codes.len()
+            )));
+        }
+        if let Some(at) = codes.iter().position(|code| !(-1..=1).contains(code)) {
+            return Err(Error::usage(format!(
+                "cannot pack the value {} at row {}, column {}: ternary codes are -1, 0 and 1",
+                codes[at],
+                at / cols,
+                at % cols
+            )));
+        }
+        let words = codes
+            .chunks_exact(cols)
+            .flat_map(|row| row.chunks(VALUES_PER_WORD).map(pack_word))
+            .collect();
+        Ok(Self { rows, cols, words })
+    }
+
+    /// The codes, row-major, of shape (`rows`, `cols`).
+    pub fn unpack(&self) -> Vec<i8> {
+        let mut codes = vec![0; self.rows * self.cols];
+        for (row, codes) in codes.chunks_exact_mut(self.cols).enumerate() {
+            self.unpack_row(row, codes);
+        }
+        codes
+    }
+
+    /// Writes the codes of one row into `codes`, whose length is `cols`.
+    pub fn unpack_row(&self, row: usize, codes: &mut [i8]) {
+        assert_eq!(codes.len(), self.cols, "a row has `cols` codes");
+        let stride = self.words_per_row();
+        let words = &self.words[row * stride..][..stride];
+        for (codes, &word) in codes.chunks_mut(VALUES_PER_WORD).zip(words) {
+            for (i, code) in codes.iter_mut().enumerate() {
+                *code = (word >> (BITS * i) & 0b11) as i8 - 1;
+            }
+        }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Words a row: `ceil(cols / 16)`.
+    pub fn words_per_row(&self) -> usize {
+        self.cols.div_ceil(VALUES_PER_WORD)
+    }
+
+    /// The packed words, `rows * words_per_row()` of them.
+    pub fn words(&self) -> &[u32] {
+        &self.words
+    }
+
+    /// Bytes of the packed matrix.
+    pub fn bytes(&self) -> usize {
+        size_of_val(self.words.as_slice())
+    }
+}
+
+/// Packs up to 16 codes; missing ones become code 0.
+fn pack_word(codes: &[i8]) -> u32 {
+    (0..VALUES_PER_WORD).fold(0, |word, i| {
+        let code = codes.get(i).copied().unwrap_or(0);
+        word | ((code + 1) as u32) << (BITS * i)
+    })
+}

@@ -1,0 +1,124 @@
+//! 2-bit packing, and the CPU product over packed weights, against independent references.
+
+use proptest::prelude::*;
+use titanbit::quant::{PackedTernary, ternary_matmul};
+
+/// A ternary matrix of up to `rows` x `cols`: random, all -1 or all +1.
+fn ternary_matrix(rows: usize, cols: usize) -> impl Strategy<Value = (usize, usize, Vec<i8>)> {
+    (1..=rows, 1..=cols).prop_flat_map(|(rows, cols)| {
+        let codes = prop_oneof![
+            4 => prop::collection::vec(-1i8..=1, rows * cols),
+            1 => Just(vec![-1; rows * cols]),
+            1 => Just(vec![1; rows * cols]),
+        ];
+        (Just(rows), Just(cols), codes)
+    })
+}
+
+fn int8_codes(len: usize) -> impl Strategy<Value = Vec<i8>> {
+    prop_oneof![
+        4 => prop::collection::vec(any::<i8>(), len),
+        1 => Just(vec![-128; len]),
+        1 => Just(vec![127; len]),
+    ]
+}
+
+/// The definition: y[i][j] = sum over l of x[i][l] * w[j][l], in i64.
+fn reference(x: &[i8], w: &[i8], k: usize) -> Vec<i64> {
+    x.chunks_exact(k)
+        .flat_map(|x| {
+            w.chunks_exact(k).map(move |w| {
+                let products = x.iter().zip(w).map(|(&x, &w)| i64::from(x) * i64::from(w));
+                products.sum()
+            })
+        })
+        .collect()
+}
+
+fn widen(y: &[i32]) -> Vec<i64> {
+    y.iter().map(|&y| y.into()).collect()
+}
+
+proptest! {
+    #[test]
+    fn unpacking_gives_back_what_was_packed((rows, cols, codes) in ternary_matrix(5, 70)) {
+        let packed = PackedTernary::pack(&codes, rows, cols).unwrap();
+        prop_assert_eq!(packed.words().len(), rows * cols.div_ceil(16));
+        prop_assert_eq!(packed.bytes(), packed.words().len() * 4);
+        prop_assert_eq!(packed.unpack(), codes);
+    }
+
+    #[test]
+    fn one_bad_value_is_refused_by_place(
+        (rows, cols, mut codes) in ternary_matrix(4, 40),
+        at in any::<prop::sample::Index>(),
+        bad in prop_oneof![-128i8..=-2, 2i8..=127],
+    ) {
+        let at = at.index(codes.len());
+        codes[at] = bad;
+        let message = PackedTernary::pack(&codes, rows, cols).unwrap_err().to_string();
+        let place = format!("the value {bad} at row {}, column {}:", at / cols, at % cols);
+        prop_assert!(message.contains(&place), "{}", message);
+    }
+
+    #[test]
+    fn the_product_is_exact(
+        ((n, k, w), m, x) in (ternary_matrix(37, 90), 1usize..=19)
+            .prop_flat_map(|(w, m)| (Just(m), int8_codes(m * w.1), Just(w)))
+            .prop_map(|(m, x, w)| (w, m, x)),
+    ) {
+        let packed = PackedTernary::pack(&w, n, k).unwrap();
+        let y = ternary_matmul(&x, m, &packed).unwrap();
+        prop_assert_eq!(widen(&y), reference(&x, &w, k));
+    }
+}
+
+#[test]
+fn the_bits_are_as_documented() {
+    // code + 1 in 2 bits, the first value lowest; the tail is padded with code 0, that is 01.
+    let packed = PackedTernary::pack(&[-1, 0, 1, 1], 2, 2).unwrap();
+    let padding = 0x5555_5550;
+    assert_eq!(packed.words(), [padding | 0b0100, padding | 0b1010]);
+
+    let mut codes = [0; 17];
+    codes[15] = 1;
+    codes[16] = -1;
+    let packed = PackedTernary::pack(&codes, 1, 17).unwrap();
+    assert_eq!(packed.words(), [0x9555_5555, 0x5555_5554]);
+}
+
+#[test]
+fn shapes_that_do_not_match_are_errors() {
+    for (codes, rows, cols) in [(6, 2, 2), (0, 0, 3), (0, 3, 0), (2, usize::MAX, 2)] {
+        let error = PackedTernary::pack(&vec![0; codes], rows, cols).unwrap_err();
+        assert!(error.to_string().contains("non-empty"), "{error}");
+    }
+    let w = PackedTernary::pack(&[1, -1, 0], 1, 3).unwrap();
+    for (len, m) in [(5, 2), (0, 0), (3, 2)] {
+        let error = ternary_matmul(&vec![1; len], m, &w).unwrap_err();
+        assert!(error.to_string().contains("3 columns"), "{error}");
+    }
+}
+
+#[test]
+fn the_largest_sums_are_exact() {
+    // Deep enough that an int16 accumulator would wrap thousands of times over.
+    let (n, k) = (5, 300_001);
+    for (x, w) in [(-128, -1), (-128, 1), (127, 1), (127, -1)] {
+        let packed = PackedTernary::pack(&vec![w; n * k], n, k).unwrap();
+        let y = ternary_matmul(&vec![x; k], 1, &packed).unwrap();
+        assert_eq!(widen(&y), [i64::from(x) * i64::from(w) * k as i64; 5]);
+    }
+}
+
+#[test]
+fn an_inner_dimension_that_could_overflow_is_refused() {
+    let k = 1 << 24;
+    let w = PackedTernary::pack(&vec![-1; k], 1, k).unwrap();
+    let error = ternary_matmul(&vec![-128; k], 1, &w).unwrap_err();
+    assert!(error.to_string().contains("overflow"), "{error}");
+    let k = k - 1;
+    let w = PackedTernary::pack(&vec![-1; k], 1, k).unwrap();
+    let y = ternary_matmul(&vec![-128; k], 1, &w).unwrap();
+    assert_eq!(y, [128 * k as i32]);
+}
