@@ -246,18 +246,33 @@ mod tests {
         let config = BitNetConfig::preset("1.3B").unwrap();
         // Projections 6.95 GFLOP, LM head 0.39, attention 12 x 24 x 2048 x 2048 = 1.21.
         let flops = config.train_flops_per_token(2048);
-        assert!((flops - (6.95e9 + 0.39e9 + 1.208e9)).abs() < 0.01e9, "{flops}");
+        assert!(
+            (flops - (6.95e9 + 0.39e9 + 1.208e9)).abs() < 0.01e9,
+            "{flops}"
+        );
     }
 
     #[test]
     fn impossible_shapes_are_refused_by_key() {
         let base = BitNetConfig::preset("125M").unwrap();
         let message = |config: BitNetConfig| config.validate().unwrap_err().to_string();
-        let kv = message(BitNetConfig { kv_heads: 5, ..base.clone() });
-        assert_eq!(kv, "model.kv_heads is 5: must be a divisor of model.heads (12)");
-        let hidden = message(BitNetConfig { hidden_size: 770, ..base.clone() });
+        let kv = message(BitNetConfig {
+            kv_heads: 5,
+            ..base.clone()
+        });
+        assert_eq!(
+            kv,
+            "model.kv_heads is 5: must be a divisor of model.heads (12)"
+        );
+        let hidden = message(BitNetConfig {
+            hidden_size: 770,
+            ..base.clone()
+        });
         assert!(hidden.contains("model.hidden_size is 770"), "{hidden}");
-        let nan = message(BitNetConfig { rms_norm_eps: f64::NAN, ..base });
+        let nan = message(BitNetConfig {
+            rms_norm_eps: f64::NAN,
+            ..base
+        });
         assert!(nan.contains("model.rms_norm_eps is NaN"), "{nan}");
     }
 }

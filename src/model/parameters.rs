@@ -56,7 +56,11 @@ fn specifications(config: &BitNetConfig) -> Vec<(String, Vec<usize>, Kind)> {
             add(projection.name, shape, Kind::Matrix);
         }
     }
-    all.push(("model.norm.weight".into(), vec![config.hidden_size], Kind::Norm));
+    all.push((
+        "model.norm.weight".into(),
+        vec![config.hidden_size],
+        Kind::Norm,
+    ));
     if !config.tie_embeddings {
         all.push(("lm_head.weight".into(), table, Kind::Matrix));
     }
@@ -176,9 +180,9 @@ pub(crate) fn checked(
     name: &str,
     shape: &[usize],
 ) -> Result<Tensor> {
-    let tensor = tensors
-        .get(name)
-        .ok_or_else(|| Error::usage(format!("tensor `{name}` is missing: another model's file?")))?;
+    let tensor = tensors.get(name).ok_or_else(|| {
+        Error::usage(format!("tensor `{name}` is missing: another model's file?"))
+    })?;
     if tensor.dims() != shape {
         return Err(Error::usage(format!(
             "tensor `{name}` has shape {:?}, the model needs {shape:?}: check the model section",
@@ -197,7 +201,11 @@ mod tests {
         let values = normal("w", 200_001, 0.02, 7);
         let n = values.len() as f64;
         let mean = values.iter().map(|x| *x as f64).sum::<f64>() / n;
-        let variance = values.iter().map(|x| (*x as f64 - mean).powi(2)).sum::<f64>() / n;
+        let variance = values
+            .iter()
+            .map(|x| (*x as f64 - mean).powi(2))
+            .sum::<f64>()
+            / n;
         // Five standard errors of each estimate.
         assert!(mean.abs() < 5.0 * 0.02 / n.sqrt(), "{mean}");
         assert!((variance.sqrt() / 0.02 - 1.0).abs() < 5.0 / (2.0 * n).sqrt());

@@ -203,6 +203,10 @@ impl BitNetTransformer {
     /// without ever holding all logits. Shapes as in [`Self::forward`].
     pub fn loss(&self, ids: &Tensor, labels: &Tensor) -> Result<Tensor> {
         let hidden = self.hidden(ids)?;
-        Ok(ops::lm_loss(&hidden, &self.lm_head, &labels.flatten_all()?)?)
+        Ok(ops::lm_loss(
+            &hidden,
+            &self.lm_head,
+            &labels.flatten_all()?,
+        )?)
     }
 }

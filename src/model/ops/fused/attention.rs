@@ -108,7 +108,15 @@ impl Attention {
         let lhs = Mat::new(&q[queries.start * d..queries.end * d], queries.len(), d);
         let rhs = Mat::new(k, keys, d).t();
         let scale = self.score_scale();
-        matmul(&mut scores, keys, Write::Replace, scale, lhs, rhs, Threads::One);
+        matmul(
+            &mut scores,
+            keys,
+            Write::Replace,
+            scale,
+            lhs,
+            rhs,
+            Threads::One,
+        );
         scores
     }
 
@@ -135,7 +143,15 @@ impl Attention {
             let rows = queries.start * d..queries.end * d;
             let lhs = Mat::new(&scores, queries.len(), keys);
             let rhs = Mat::new(v, keys, d);
-            matmul(&mut out[rows], d, Write::Replace, 1.0, lhs, rhs, Threads::One);
+            matmul(
+                &mut out[rows],
+                d,
+                Write::Replace,
+                1.0,
+                lhs,
+                rhs,
+                Threads::One,
+            );
         }
         (out, log_sum_exp)
     }
@@ -160,7 +176,15 @@ impl Attention {
             let mut p = self.scores(q, k, &queries, keys);
             let mut ds = vec![0f32; count * keys];
             let values = Mat::new(v, keys, d).t();
-            matmul(&mut ds, keys, Write::Replace, 1.0, douts, values, Threads::One);
+            matmul(
+                &mut ds,
+                keys,
+                Write::Replace,
+                1.0,
+                douts,
+                values,
+                Threads::One,
+            );
             vectorize(|| {
                 for ((query, p), ds) in queries
                     .clone()
@@ -182,7 +206,15 @@ impl Attention {
             let ds = Mat::new(&ds, count, keys);
             let queries = Mat::new(&q[rows.clone()], count, d);
             let keys = Mat::new(k, keys, d);
-            matmul(&mut dq[rows], d, Write::Replace, scale, ds, keys, Threads::One);
+            matmul(
+                &mut dq[rows],
+                d,
+                Write::Replace,
+                scale,
+                ds,
+                keys,
+                Threads::One,
+            );
             matmul(dk, d, Write::Add, scale, ds.t(), queries, Threads::One);
             matmul(dv, d, Write::Add, 1.0, p.t(), douts, Threads::One);
         }
@@ -274,7 +306,12 @@ impl CustomOp1 for Attention {
         let (cos, sin) = (cos.slice()?, sin.slice()?);
         let log_sum_exp = self.log_sum_exp.lock().unwrap_or_else(|e| e.into_inner());
         let (layout, out_layout) = (self.qkv_layout(seq), self.out_layout(seq));
-        let (group, Heads { heads, kv_heads, .. }) = (self.group(), self.heads);
+        let (
+            group,
+            Heads {
+                heads, kv_heads, ..
+            },
+        ) = (self.group(), self.heads);
 
         let groups = self.for_each_kv_head(batch, |sequence, kv_head| {
             let qkv = &qkvs[sequence * seq * features..][..seq * features];

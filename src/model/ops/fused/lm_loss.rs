@@ -50,10 +50,7 @@ impl CustomOp3 for LmLoss {
         targets: &CpuStorage,
         targets_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (hidden, weight) = (
-            slice(hidden, hidden_layout)?,
-            slice(weight, weight_layout)?,
-        );
+        let (hidden, weight) = (slice(hidden, hidden_layout)?, slice(weight, weight_layout)?);
         let (tokens, k) = hidden_layout.shape().dims2()?;
         let (vocab, _) = weight_layout.shape().dims2()?;
         let targets = match targets_layout.contiguous_offsets() {
@@ -76,11 +73,23 @@ impl CustomOp3 for LmLoss {
         let head = Mat::new(weight, vocab, k);
         let mut logits = vec![0f32; chunk.min(tokens) * vocab];
         let mut loss = 0f64;
-        for (i, (rows, targets)) in hidden.chunks(chunk * k).zip(targets.chunks(chunk)).enumerate() {
+        for (i, (rows, targets)) in hidden
+            .chunks(chunk * k)
+            .zip(targets.chunks(chunk))
+            .enumerate()
+        {
             let count = targets.len();
             let logits = &mut logits[..count * vocab];
             let rows = Mat::new(rows, count, k);
-            matmul(logits, vocab, Write::Replace, 1.0, rows, head.t(), Threads::All);
+            matmul(
+                logits,
+                vocab,
+                Write::Replace,
+                1.0,
+                rows,
+                head.t(),
+                Threads::All,
+            );
             let losses: Vec<f32> = logits
                 .par_chunks_mut(vocab)
                 .zip(targets)
@@ -109,7 +118,11 @@ impl CustomOp3 for LmLoss {
         _loss: &Tensor,
         dloss: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let gradients = self.gradients.lock().unwrap_or_else(|e| e.into_inner()).take();
+        let gradients = self
+            .gradients
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .take();
         let Some(gradients) = gradients else {
             bail!("lm_loss: backward ran twice, or without a forward that keeps gradients");
         };

@@ -35,10 +35,7 @@ impl CustomOp2 for RmsNorm {
             .zip(x.par_chunks(block))
             .for_each(|(y, x)| {
                 vectorize(|| {
-                    for (y, x) in y
-                        .chunks_exact_mut(features)
-                        .zip(x.chunks_exact(features))
-                    {
+                    for (y, x) in y.chunks_exact_mut(features).zip(x.chunks_exact(features)) {
                         let r = inverse_rms(x, self.eps);
                         for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
                             *y = x * r * w;

@@ -93,7 +93,10 @@ mod tests {
         for i in -870_000..880_000 {
             let x = i as f32 * 1e-4;
             let (got, want) = (exp(x) as f64, (x as f64).exp());
-            assert!((got - want).abs() <= 2.0 * f32::EPSILON as f64 * want, "{x}");
+            assert!(
+                (got - want).abs() <= 2.0 * f32::EPSILON as f64 * want,
+                "{x}"
+            );
         }
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert!(exp(f32::NAN).is_nan());

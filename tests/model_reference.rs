@@ -1,0 +1,125 @@
+//! The whole model against stored outputs of `tests/reference/bitnet_reference.py`, a PyTorch
+//! script that shares no code with it: logits, loss and the gradient of every weight.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use titanbit::model::{Activation, BitNetConfig, BitNetTransformer, Parameters};
+
+struct Reference {
+    config: BitNetConfig,
+    tensors: HashMap<String, Tensor>,
+}
+
+impl Reference {
+    fn load(name: &str) -> Self {
+        let path = Path::new("tests/reference").join(format!("{name}.safetensors"));
+        let bytes = std::fs::read(&path).unwrap();
+        let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        let info = metadata.metadata().clone().unwrap();
+        let number = |key: &str| info[key].parse::<usize>().unwrap();
+        let config = BitNetConfig {
+            vocab_size: number("vocab_size"),
+            hidden_size: number("hidden_size"),
+            layers: number("layers"),
+            heads: number("heads"),
+            kv_heads: number("kv_heads"),
+            intermediate_size: number("intermediate_size"),
+            max_seq_len: number("seq"),
+            activation: match info["activation"].as_str() {
+                "relu2" => Activation::Relu2,
+                _ => Activation::Silu,
+            },
+            tie_embeddings: info["tie_embeddings"] == "true",
+            ..BitNetConfig::default()
+        };
+        let tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+        Self { config, tensors }
+    }
+
+    fn ids(&self, name: &str) -> Tensor {
+        self.tensors[name].to_dtype(DType::U32).unwrap()
+    }
+
+    fn model(&self) -> BitNetTransformer {
+        let weights: HashMap<String, Tensor> = self
+            .tensors
+            .iter()
+            .filter_map(|(name, t)| Some((name.strip_prefix("param.")?.to_string(), t.clone())))
+            .collect();
+        let parameters = Parameters::from_tensors(&self.config, &weights, &Device::Cpu).unwrap();
+        assert_eq!(
+            parameters.iter().len(),
+            weights.len(),
+            "a weight was left over"
+        );
+        BitNetTransformer::with_parameters(&self.config, parameters).unwrap()
+    }
+}
+
+/// Largest difference, relative to the largest value of the reference.
+fn error(got: &Tensor, want: &Tensor) -> f32 {
+    assert_eq!(got.dims(), want.dims());
+    let largest = |t: &Tensor| {
+        let max = t.abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+        max.to_scalar::<f32>().unwrap()
+    };
+    largest(&(got - want).unwrap()) / largest(want)
+}
+
+fn check(name: &str) {
+    let reference = Reference::load(name);
+    let model = reference.model();
+    let (ids, labels) = (reference.ids("ids"), reference.ids("labels"));
+    let output = model.forward(&ids, Some(&labels)).unwrap();
+    let logits = error(&output.logits, &reference.tensors["logits"]);
+    assert!(logits < 1e-5, "{name}: logits differ by {logits}");
+
+    let loss = model.loss(&ids, &labels).unwrap();
+    for loss in [&loss, &output.loss.unwrap()] {
+        let difference = error(loss, &reference.tensors["loss"]);
+        assert!(difference < 1e-6, "{name}: loss differs by {difference}");
+    }
+    let gradients = loss.backward().unwrap();
+    for parameter in model.parameters().iter() {
+        let got = gradients.get(&parameter.var).expect("a gradient");
+        let want = &reference.tensors[&format!("grad.{}", parameter.name)];
+        let difference = error(got, want);
+        assert!(
+            difference < 2e-5,
+            "{name}: gradient of {} differs by {difference}",
+            parameter.name
+        );
+    }
+}
+
+#[test]
+fn two_layers_with_grouped_queries() {
+    check("bitnet_reference");
+}
+
+#[test]
+fn relu2_activation() {
+    check("bitnet_reference_relu2");
+}
+
+#[test]
+fn tied_embeddings() {
+    check("bitnet_reference_tied");
+}
+
+#[test]
+fn inference_view_gives_the_same_loss_and_records_nothing() {
+    let reference = Reference::load("bitnet_reference");
+    let model = reference.model();
+    let view = model.for_inference();
+    let (ids, labels) = (reference.ids("ids"), reference.ids("labels"));
+    let loss = view.loss(&ids, &labels).unwrap();
+    assert!(!loss.track_op());
+    let trained = model.loss(&ids, &labels).unwrap();
+    assert_eq!(
+        loss.to_scalar::<f32>().unwrap(),
+        trained.to_scalar::<f32>().unwrap()
+    );
+}
