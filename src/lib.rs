@@ -3,6 +3,8 @@
 pub mod cli;
 pub mod data;
 pub mod error;
+pub mod hardware;
 pub mod quant;
+pub mod train;
 
 pub use error::{Error, Result};
