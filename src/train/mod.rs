@@ -1,0 +1,4 @@
+//! Training: what a run records about itself.
+
+pub mod gpu_stats;
+pub mod tensorboard;
