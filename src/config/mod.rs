@@ -1,0 +1,83 @@
+//! The YAML configuration of a training run: `configs/default.yaml` documents every key.
+
+mod load;
+mod sections;
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::BitNetConfig;
+use crate::{Error, Result};
+
+pub use sections::{
+    Checkpoint, Data, Eval, Hardware, Logging, Optimizer, Prepare, Schedule, ScheduleKind, Source,
+    Stability, Train,
+};
+
+/// Everything that determines a run. The default is the 1.3B model tuned for an L20 48 GB.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub model: BitNetConfig,
+    pub train: Train,
+    pub data: Data,
+    pub optimizer: Optimizer,
+    pub schedule: Schedule,
+    pub stability: Stability,
+    pub eval: Eval,
+    pub checkpoint: Checkpoint,
+    pub logging: Logging,
+    pub hardware: Hardware,
+}
+
+impl Config {
+    /// Reads a YAML file, applies `section.key=value` overrides, and checks every value.
+    ///
+    /// # Errors
+    /// An unreadable file, malformed YAML, an unknown key (the nearest known one is named), a
+    /// value of the wrong type or outside its range.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
+        load::from_file(path, overrides)
+    }
+
+    /// The same from text; `origin` names it in errors.
+    pub fn parse(text: &str, origin: &Path, overrides: &[String]) -> Result<Self> {
+        load::from_text(text, origin, overrides)
+    }
+
+    /// The configuration as YAML, every key written out.
+    pub fn to_yaml(&self) -> Result<String> {
+        serde_yaml::to_string(self).map_err(Error::usage)
+    }
+
+    /// Samples (rows of `seq_len` tokens) in one optimizer step.
+    pub fn samples_per_step(&self) -> u64 {
+        (self.train.micro_batch * self.train.grad_accum) as u64
+    }
+
+    pub fn tokens_per_step(&self) -> u64 {
+        self.samples_per_step() * self.train.seq_len as u64
+    }
+
+    /// # Errors
+    /// The first value that cannot be: its key, the value, and what is allowed.
+    pub fn validate(&self) -> Result<()> {
+        self.model.validate()?;
+        self.train.validate()?;
+        if self.train.seq_len > self.model.max_seq_len {
+            return Err(Error::usage(format!(
+                "train.seq_len is {}: must not exceed model.max_seq_len ({})",
+                self.train.seq_len, self.model.max_seq_len
+            )));
+        }
+        self.data.validate()?;
+        self.optimizer.validate()?;
+        self.schedule.validate(self.train.steps)?;
+        self.stability.validate()?;
+        self.eval.validate()?;
+        self.checkpoint.validate()?;
+        self.logging.validate()?;
+        self.hardware.validate()
+    }
+}

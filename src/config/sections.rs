@@ -1,0 +1,442 @@
+//! The sections of the configuration, their defaults and the range of every value.
+
+use std::fmt::Display;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::data::TokenDtype;
+use crate::{Error, Result};
+
+/// `key is value: must be allowed`, unless `ok`.
+fn require(ok: bool, key: &str, value: impl Display, allowed: &str) -> Result<()> {
+    match ok {
+        true => Ok(()),
+        false => Err(Error::usage(format!("{key} is {value}: must be {allowed}"))),
+    }
+}
+
+fn positive(key: &str, value: f64) -> Result<()> {
+    require(
+        value.is_finite() && value > 0.0,
+        key,
+        value,
+        "a finite number above 0",
+    )
+}
+
+fn not_negative(key: &str, value: f64) -> Result<()> {
+    require(
+        value.is_finite() && value >= 0.0,
+        key,
+        value,
+        "a finite number, 0 or more",
+    )
+}
+
+fn at_least_one(key: &str, value: u64) -> Result<()> {
+    require(value >= 1, key, value, "at least 1")
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Train {
+    /// Optimizer steps in all.
+    pub steps: u64,
+    /// Tokens of one sample.
+    pub seq_len: usize,
+    /// Samples that go through the model at once.
+    pub micro_batch: usize,
+    /// Micro-batches whose gradients are averaged into one step.
+    pub grad_accum: usize,
+    /// Seeds the initial weights and the order of the data.
+    pub seed: u64,
+}
+
+impl Default for Train {
+    fn default() -> Self {
+        Self {
+            steps: 100_000,
+            seq_len: 2048,
+            micro_batch: 4,
+            grad_accum: 64,
+            seed: 42,
+        }
+    }
+}
+
+impl Train {
+    pub(super) fn validate(&self) -> Result<()> {
+        at_least_one("train.steps", self.steps)?;
+        at_least_one("train.seq_len", self.seq_len as u64)?;
+        at_least_one("train.micro_batch", self.micro_batch as u64)?;
+        at_least_one("train.grad_accum", self.grad_accum as u64)
+    }
+}
+
+/// One training data set: a token file, a directory of shards, or the name shards share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    pub path: PathBuf,
+    /// Share of the samples, relative to the other sources.
+    #[serde(default = "one")]
+    pub weight: f64,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+/// How to make the token files when they are not there yet, as `titanbit tokenize` would.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prepare {
+    /// Files, directories or patterns; `~`, `*`, `${VAR}` and `${VAR:-default}` are expanded.
+    pub input: Vec<String>,
+    /// File name extensions to take from directories; empty takes all text.
+    #[serde(default)]
+    pub ext: Vec<String>,
+    /// Take a deterministic sample of about this many megabytes instead of everything.
+    #[serde(default)]
+    pub sample_mb: Option<u64>,
+    /// Vocabulary to train when `data.tokenizer` does not exist.
+    pub train_vocab: usize,
+    /// Share of the documents held out for validation.
+    pub val_fraction: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Data {
+    pub train: Vec<Source>,
+    /// Held-out token file; without one, validation is skipped.
+    pub val: Option<PathBuf>,
+    /// `tokenizer.json`, to print samples and to travel with the checkpoints.
+    pub tokenizer: Option<PathBuf>,
+    /// Token width of header-less (nanoGPT) files.
+    pub dtype: Option<TokenDtype>,
+    pub prepare: Option<Prepare>,
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Self {
+            train: vec![Source {
+                path: "data/train.bin".into(),
+                weight: 1.0,
+            }],
+            val: Some("data/val.bin".into()),
+            tokenizer: Some("data/tokenizer.json".into()),
+            dtype: None,
+            prepare: None,
+        }
+    }
+}
+
+impl Data {
+    pub(super) fn validate(&self) -> Result<()> {
+        require(
+            !self.train.is_empty(),
+            "data.train",
+            "empty",
+            "a list of token files",
+        )?;
+        for source in &self.train {
+            positive("the weight of a data.train entry", source.weight)?;
+        }
+        if let Some(prepare) = &self.prepare {
+            let inputs = prepare.input.len();
+            require(
+                inputs > 0,
+                "data.prepare.input",
+                "empty",
+                "a list of files or directories",
+            )?;
+            require(
+                prepare.val_fraction >= 0.0 && prepare.val_fraction < 1.0,
+                "data.prepare.val_fraction",
+                prepare.val_fraction,
+                "from 0 to below 1",
+            )?;
+            require(
+                self.train.len() == 1,
+                "data.train",
+                format!("{} entries", self.train.len()),
+                "one file when data.prepare makes it",
+            )?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Optimizer {
+    /// Peak learning rate.
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// Largest global gradient norm.
+    pub grad_clip: f64,
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Self {
+            lr: 1.2e-3,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            grad_clip: 1.0,
+        }
+    }
+}
+
+impl Optimizer {
+    pub(super) fn validate(&self) -> Result<()> {
+        positive("optimizer.lr", self.lr)?;
+        for (key, value) in [
+            ("optimizer.beta1", self.beta1),
+            ("optimizer.beta2", self.beta2),
+        ] {
+            require((0.0..1.0).contains(&value), key, value, "from 0 to below 1")?;
+        }
+        positive("optimizer.eps", self.eps)?;
+        not_negative("optimizer.weight_decay", self.weight_decay)?;
+        positive("optimizer.grad_clip", self.grad_clip)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleKind {
+    /// First half: peak rate and weight decay; then a linear decay from `stage2_lr` to `min_lr`
+    /// without weight decay (The Era of 1-bit LLMs: Training Tips, Code and FAQ).
+    TwoStage,
+    Cosine,
+    /// Warm-up, stable, decay: linear over the last `decay_fraction` of the steps.
+    Wsd,
+    Linear,
+    Constant,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Schedule {
+    pub kind: ScheduleKind,
+    /// Steps of linear warm-up from 0.
+    pub warmup_steps: u64,
+    /// Second peak of `two_stage`.
+    pub stage2_lr: f64,
+    /// Rate at the last step of every decaying schedule.
+    pub min_lr: f64,
+    /// Share of the steps that `wsd` decays over.
+    pub decay_fraction: f64,
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self {
+            kind: ScheduleKind::TwoStage,
+            warmup_steps: 375,
+            stage2_lr: 8e-4,
+            min_lr: 0.0,
+            decay_fraction: 0.2,
+        }
+    }
+}
+
+impl Schedule {
+    pub(super) fn validate(&self, steps: u64) -> Result<()> {
+        require(
+            self.warmup_steps < steps,
+            "schedule.warmup_steps",
+            self.warmup_steps,
+            &format!("below train.steps ({steps})"),
+        )?;
+        positive("schedule.stage2_lr", self.stage2_lr)?;
+        not_negative("schedule.min_lr", self.min_lr)?;
+        require(
+            self.decay_fraction > 0.0 && self.decay_fraction <= 1.0,
+            "schedule.decay_fraction",
+            self.decay_fraction,
+            "above 0, at most 1",
+        )
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Stability {
+    pub enabled: bool,
+    /// A loss above this multiple of its moving average is a spike.
+    pub spike_threshold: f64,
+    /// Decay of the loss's exponential moving average.
+    pub ema_decay: f64,
+    /// Steps the average must have seen before a spike can be told.
+    pub ema_warmup: u64,
+    /// Steps a checkpoint must outlive to count as stable.
+    pub settle_steps: u64,
+    /// Factor on the learning rate after a rollback.
+    pub lr_factor: f64,
+    /// Steps over which the learning rate eases back.
+    pub recovery_steps: u64,
+    /// Rollbacks after which training stops.
+    pub max_rollbacks: u32,
+}
+
+impl Default for Stability {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            spike_threshold: 5.0,
+            ema_decay: 0.98,
+            ema_warmup: 20,
+            settle_steps: 100,
+            lr_factor: 0.5,
+            recovery_steps: 500,
+            max_rollbacks: 8,
+        }
+    }
+}
+
+impl Stability {
+    pub(super) fn validate(&self) -> Result<()> {
+        require(
+            self.spike_threshold.is_finite() && self.spike_threshold > 1.0,
+            "stability.spike_threshold",
+            self.spike_threshold,
+            "a finite number above 1",
+        )?;
+        require(
+            (0.0..1.0).contains(&self.ema_decay),
+            "stability.ema_decay",
+            self.ema_decay,
+            "from 0 to below 1",
+        )?;
+        require(
+            self.lr_factor > 0.0 && self.lr_factor <= 1.0,
+            "stability.lr_factor",
+            self.lr_factor,
+            "above 0, at most 1",
+        )
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Eval {
+    /// Steps between validations and text samples; 0 for only at the end.
+    pub every: u64,
+    /// Micro-batches of one validation, from the start of `data.val`.
+    pub batches: usize,
+    /// Start of the text samples; empty for none.
+    pub sample_prompt: String,
+    pub sample_tokens: usize,
+    /// Softmax temperature of the text samples; 0 takes the likeliest token.
+    pub sample_temperature: f64,
+}
+
+impl Default for Eval {
+    fn default() -> Self {
+        Self {
+            every: 1000,
+            batches: 50,
+            sample_prompt: "The".into(),
+            sample_tokens: 64,
+            sample_temperature: 0.8,
+        }
+    }
+}
+
+impl Eval {
+    pub(super) fn validate(&self) -> Result<()> {
+        at_least_one("eval.batches", self.batches as u64)?;
+        not_negative("eval.sample_temperature", self.sample_temperature)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Checkpoint {
+    /// Steps between checkpoints; 0 for only at the end.
+    pub every: u64,
+    /// Newest checkpoints kept.
+    pub keep_last: usize,
+    /// Checkpoints of steps divisible by this are kept for good; 0 for none.
+    pub keep_every: u64,
+}
+
+impl Default for Checkpoint {
+    fn default() -> Self {
+        Self {
+            every: 1000,
+            keep_last: 3,
+            keep_every: 20_000,
+        }
+    }
+}
+
+impl Checkpoint {
+    pub(super) fn validate(&self) -> Result<()> {
+        at_least_one("checkpoint.keep_last", self.keep_last as u64)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Logging {
+    /// Steps between progress lines; `metrics.jsonl` has every step.
+    pub every: u64,
+    pub tensorboard: bool,
+}
+
+impl Default for Logging {
+    fn default() -> Self {
+        Self {
+            every: 10,
+            tensorboard: true,
+        }
+    }
+}
+
+impl Logging {
+    pub(super) fn validate(&self) -> Result<()> {
+        at_least_one("logging.every", self.every)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Hardware {
+    /// `auto`, `cpu`, `cuda` or `cuda:N`.
+    pub device: String,
+    /// Dense bf16 peak for MFU; unset takes the device's own from the table.
+    pub peak_tflops: Option<f64>,
+    /// CPU threads; unset takes all cores.
+    pub threads: Option<usize>,
+}
+
+impl Default for Hardware {
+    fn default() -> Self {
+        Self {
+            device: "auto".into(),
+            peak_tflops: None,
+            threads: None,
+        }
+    }
+}
+
+impl Hardware {
+    pub(super) fn validate(&self) -> Result<()> {
+        if let Some(threads) = self.threads {
+            at_least_one("hardware.threads", threads as u64)?;
+        }
+        self.peak_tflops
+            .map_or(Ok(()), |peak| positive("hardware.peak_tflops", peak))
+    }
+}
