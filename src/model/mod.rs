@@ -6,5 +6,6 @@ mod parameters;
 mod transformer;
 
 pub use config::{Activation, BitNetConfig, ParameterCount, Projection};
+pub(crate) use parameters::checked;
 pub use parameters::{Parameter, Parameters};
 pub use transformer::{BitNetTransformer, Output};
