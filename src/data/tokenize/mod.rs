@@ -183,6 +183,12 @@ impl TokenizeOptions {
                     output.display()
                 )));
             }
+            if output.is_dir() {
+                return Err(Error::usage(format!(
+                    "output {}: there is a directory of that name",
+                    output.display()
+                )));
+            }
             if output.with_extension("json").ends_with(TOKENIZER_FILE) {
                 return Err(Error::usage(format!(
                     "output {}: its sidecar would overwrite {TOKENIZER_FILE}, choose another name",
