@@ -16,6 +16,7 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
+#[allow(clippy::large_enum_variant)] // there is one, and it is parsed once
 enum Command {
     Tokenize(tokenize::Args),
     Bench(bench::Args),

@@ -95,7 +95,8 @@ fn check_keys(tree: &Value, known: &Value, path: &str) -> std::result::Result<()
     Ok(())
 }
 
-/// Sets `section.key=value`; the value is read as YAML.
+/// Sets `section.key=value`; the value is read as YAML. A preset takes the place of the shape that
+/// the file spells out.
 fn apply_override(tree: &mut Value, assignment: &str) -> Result<()> {
     let malformed = |why: &str| {
         Error::usage(format!(
@@ -106,6 +107,13 @@ fn apply_override(tree: &mut Value, assignment: &str) -> Result<()> {
         .split_once('=')
         .ok_or_else(|| malformed("no `=`"))?;
     let value: Value = serde_yaml::from_str(value).map_err(|e| malformed(&e.to_string()))?;
+    if path == "model.preset"
+        && let Some(model) = tree.get_mut("model").and_then(Value::as_mapping_mut)
+    {
+        for key in PRESET_KEYS {
+            model.remove(key);
+        }
+    }
     let mut place = tree;
     for key in path.split('.') {
         if key.is_empty() {
@@ -124,6 +132,15 @@ fn apply_override(tree: &mut Value, assignment: &str) -> Result<()> {
     Ok(())
 }
 
+/// What tells the presets apart.
+const PRESET_KEYS: [&str; 5] = [
+    "hidden_size",
+    "layers",
+    "heads",
+    "kv_heads",
+    "intermediate_size",
+];
+
 /// Replaces `model.preset` by the values it stands for, under those given beside it.
 fn expand_preset(tree: &mut Value) -> Result<()> {
     let Some(model) = tree.get_mut("model").and_then(Value::as_mapping_mut) else {
@@ -135,7 +152,9 @@ fn expand_preset(tree: &mut Value) -> Result<()> {
     let name = preset
         .as_str()
         .ok_or_else(|| Error::usage("model.preset must be a name, like 125M"))?;
-    let preset = serde_yaml::to_value(BitNetConfig::preset(name)?).map_err(Error::usage)?;
+    let preset =
+        BitNetConfig::preset(name).map_err(|e| Error::usage(format!("model.preset: {e}")))?;
+    let preset = serde_yaml::to_value(preset).map_err(Error::usage)?;
     for (key, value) in preset.as_mapping().into_iter().flatten() {
         if !model.contains_key(key) {
             model.insert(key.clone(), value.clone());

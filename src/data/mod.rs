@@ -8,6 +8,7 @@ pub mod bin_writer;
 pub mod dataset;
 pub mod loader;
 pub mod sampler;
+pub mod tokenize;
 
 pub use bin_format::{Sidecar, TokenDtype, TokenFile};
 pub use bin_writer::TokenWriter;
