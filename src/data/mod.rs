@@ -7,6 +7,7 @@ pub mod bin_format;
 pub mod bin_writer;
 pub mod dataset;
 pub mod loader;
+pub mod prepare;
 pub mod sampler;
 pub mod tokenize;
 

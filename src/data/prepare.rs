@@ -56,10 +56,6 @@ pub fn prepare(data: &Data, progress: &ProgressBar) -> Result<Option<TokenizeSum
 fn description(prepare: &Prepare) -> String {
     format!(
         "data.prepare: input {:?}, ext {:?}, sample_mb {:?}, train_vocab {}, val_fraction {}",
-        prepare.input,
-        prepare.ext,
-        prepare.sample_mb,
-        prepare.train_vocab,
-        prepare.val_fraction
+        prepare.input, prepare.ext, prepare.sample_mb, prepare.train_vocab, prepare.val_fraction
     )
 }

@@ -205,7 +205,10 @@ pub fn verify(dir: &Path) -> Result<State> {
         .map_err(|e| Error::format(&path, format!("torn or changed ({e})")))?;
     let stored = std::mem::take(&mut state.checksum);
     if stored != hex(xxh3_64(&state.to_json()?)) {
-        return Err(Error::format(&path, "its checksum does not match: the file was changed"));
+        return Err(Error::format(
+            &path,
+            "its checksum does not match: the file was changed",
+        ));
     }
     state.checksum = stored;
     for (name, stored) in &state.files {

@@ -81,7 +81,11 @@ impl Metrics {
             board.scalar(step, "speed/mfu", mfu)?;
         }
         if let Some(gpu) = &record.gpu {
-            board.scalar(step, "gpu/memory_gib", gpu.memory_used as f64 / (1u64 << 30) as f64)?;
+            board.scalar(
+                step,
+                "gpu/memory_gib",
+                gpu.memory_used as f64 / (1u64 << 30) as f64,
+            )?;
             for (tag, value) in [
                 ("gpu/utilization", gpu.utilization.map(f64::from)),
                 ("gpu/power_w", gpu.power_w),
@@ -138,7 +142,9 @@ impl Metrics {
     fn line(&mut self, value: &Value) -> Result<()> {
         let mut line = value.to_string();
         line.push('\n');
-        self.jsonl.write_all(line.as_bytes()).at("write", &self.path)
+        self.jsonl
+            .write_all(line.as_bytes())
+            .at("write", &self.path)
     }
 }
 
@@ -158,6 +164,9 @@ pub fn truncate_after_checkpoint(run_dir: &Path, step: u64) -> Result<()> {
             end = offset;
         }
     }
-    let file = OpenOptions::new().write(true).open(&path).at("open", &path)?;
+    let file = OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .at("open", &path)?;
     file.set_len(end as u64).at("truncate", &path)
 }

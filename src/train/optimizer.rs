@@ -148,7 +148,12 @@ impl Update {
     }
 
     /// In candle primitives, for devices without a kernel of their own.
-    fn composed(&self, parameter: &Parameter, gradient: &Tensor, moments: &mut Moments) -> Result<()> {
+    fn composed(
+        &self,
+        parameter: &Parameter,
+        gradient: &Tensor,
+        moments: &mut Moments,
+    ) -> Result<()> {
         let g = (gradient * self.gradient)?;
         moments.m = ((&moments.m * self.beta1)? + (&g * (1.0 - self.beta1))?)?;
         moments.v = ((&moments.v * self.beta2)? + (g.sqr()? * (1.0 - self.beta2))?)?;
@@ -196,11 +201,7 @@ fn values_mut<'a>(
 }
 
 /// Runs `update(dst, src)` over both, threaded and vectorised.
-fn for_each_pair(
-    dst: &mut [f32],
-    src: &[f32],
-    update: impl Fn(&mut f32, f32) + Sync,
-) {
+fn for_each_pair(dst: &mut [f32], src: &[f32], update: impl Fn(&mut f32, f32) + Sync) {
     dst.par_chunks_mut(BLOCK)
         .zip(src.par_chunks(BLOCK))
         .for_each(|(dst, src)| {
@@ -321,7 +322,13 @@ mod tests {
                     decay: true,
                 };
                 let zeros = || start.zeros_like().unwrap();
-                (parameter, Moments { m: zeros(), v: zeros() })
+                (
+                    parameter,
+                    Moments {
+                        m: zeros(),
+                        v: zeros(),
+                    },
+                )
             })
             .collect();
         let [(fused, fused_moments), (composed, mut composed_moments)] =

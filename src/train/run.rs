@@ -285,7 +285,8 @@ impl Session<'_> {
     fn save(&mut self, trainer: &mut Trainer) -> Result<PathBuf> {
         let path = trainer.save()?;
         let step = trainer.step_count();
-        self.metrics.event(step, "checkpoint", json!({ "path": path }))?;
+        self.metrics
+            .event(step, "checkpoint", json!({ "path": path }))?;
         self.metrics.flush()?;
         self.saved = Some((step, path.clone()));
         Ok(path)

@@ -50,7 +50,10 @@ impl Sampler {
             }
             let input = Tensor::new(context, model.device())?.unsqueeze(0)?;
             let logits = model.forward(&input, None)?.logits;
-            let last = logits.squeeze(0)?.get(context.len() - 1)?.to_vec1::<f32>()?;
+            let last = logits
+                .squeeze(0)?
+                .get(context.len() - 1)?
+                .to_vec1::<f32>()?;
             ids.push(draw(&last, self.config.sample_temperature, uniform()));
         }
         self.tokenizer.decode(&ids, true).map_err(failed)

@@ -14,7 +14,10 @@ pub enum Anomaly {
     NonFiniteLoss,
     NonFiniteGradient,
     /// Loss, and the moving average it exceeds.
-    Spike { loss: f64, ema: f64 },
+    Spike {
+        loss: f64,
+        ema: f64,
+    },
 }
 
 impl std::fmt::Display for Anomaly {
@@ -183,9 +186,18 @@ mod tests {
     fn non_finite_values_are_anomalies_from_the_first_step() {
         let mut monitor = monitor();
         assert_eq!(monitor.observe(f64::NAN, 1.0), Err(Anomaly::NonFiniteLoss));
-        assert_eq!(monitor.observe(f64::INFINITY, 1.0), Err(Anomaly::NonFiniteLoss));
-        assert_eq!(monitor.observe(1.0, f64::INFINITY), Err(Anomaly::NonFiniteGradient));
-        assert_eq!(monitor.observe(1.0, f64::NAN), Err(Anomaly::NonFiniteGradient));
+        assert_eq!(
+            monitor.observe(f64::INFINITY, 1.0),
+            Err(Anomaly::NonFiniteLoss)
+        );
+        assert_eq!(
+            monitor.observe(1.0, f64::INFINITY),
+            Err(Anomaly::NonFiniteGradient)
+        );
+        assert_eq!(
+            monitor.observe(1.0, f64::NAN),
+            Err(Anomaly::NonFiniteGradient)
+        );
     }
 
     #[test]

@@ -93,7 +93,12 @@ impl Trainer {
             .data
             .train
             .iter()
-            .map(|source| Ok((TokenSet::open(&[&source.path], config.data.dtype)?, source.weight)))
+            .map(|source| {
+                Ok((
+                    TokenSet::open(&[&source.path], config.data.dtype)?,
+                    source.weight,
+                ))
+            })
             .collect::<Result<Vec<_>>>()?;
         let seq_len = config.train.seq_len;
         let mixture = Mixture::new(sets, seq_len, vocab_size, config.train.seed)?;
@@ -163,7 +168,10 @@ impl Trainer {
 
     /// Model FLOPs utilisation at a rate of tokens per second; unknown without a known peak.
     pub fn mfu(&self, tokens_per_s: f64) -> Option<f64> {
-        let per_token = self.config.model.train_flops_per_token(self.config.train.seq_len);
+        let per_token = self
+            .config
+            .model
+            .train_flops_per_token(self.config.train.seq_len);
         self.peak_flops.map(|peak| per_token * tokens_per_s / peak)
     }
 
@@ -243,11 +251,7 @@ impl Trainer {
     }
 
     /// Back to the last stable checkpoint, or to the initial weights when there is none yet.
-    fn roll_back(
-        &mut self,
-        anomaly: Anomaly,
-        window: std::ops::Range<u64>,
-    ) -> Result<StepOutcome> {
+    fn roll_back(&mut self, anomaly: Anomaly, window: std::ops::Range<u64>) -> Result<StepOutcome> {
         let failed_step = self.step;
         if !self.monitor.may_roll_back() {
             return Err(Error::training(format!(
