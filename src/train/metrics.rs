@@ -148,31 +148,28 @@ impl Metrics {
     }
 }
 
-/// Drops what `metrics.jsonl` holds after the event that recorded the checkpoint of `step` or the
-/// rollback to it: a killed run wrote lines that the resumed one writes again, and perhaps half a
-/// line.
-pub fn truncate_after_checkpoint(run_dir: &Path, step: u64) -> Result<()> {
+/// Drops what a killed run recorded beyond the state it resumes from, `step` updates after
+/// `rollbacks` rollbacks, as those steps are taken again; and perhaps half a line.
+pub fn truncate_beyond(run_dir: &Path, step: u64, rollbacks: u32) -> Result<()> {
     let path = run_dir.join("metrics.jsonl");
     let Ok(text) = fs::read(&path) else {
         return Ok(());
     };
+    let mut rollbacks_left = rollbacks;
     let mut end = 0;
-    let mut offset = 0;
     for line in text.split_inclusive(|byte| *byte == b'\n') {
-        offset += line.len();
         let value: Value = serde_json::from_slice(line).unwrap_or_default();
-        let saved = match value["event"].as_str() {
-            Some("checkpoint") => &value["step"],
-            Some("rollback") => &value["back_to_step"],
-            _ => continue,
+        let rolled_back = value["event"] == "rollback";
+        let beyond = match value["step"].as_u64() {
+            Some(recorded) => rollbacks_left == 0 && (recorded > step || rolled_back),
+            None => true,
         };
-        if *saved == step {
-            end = offset;
+        if beyond {
+            break;
         }
+        rollbacks_left -= u32::from(rolled_back);
+        end += line.len();
     }
-    let file = OpenOptions::new()
-        .write(true)
-        .open(&path)
-        .at("open", &path)?;
+    let file = OpenOptions::new().write(true).open(&path).at("open", &path)?;
     file.set_len(end as u64).at("truncate", &path)
 }

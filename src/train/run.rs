@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::checkpoint::{self, CheckpointDir};
 use super::gpu_stats::GpuMonitor;
-use super::metrics::{Metrics, StepRecord, truncate_after_checkpoint};
+use super::metrics::{Metrics, StepRecord, truncate_beyond};
 use super::sample::Sampler;
 use super::trainer::{StepOutcome, Trainer};
 use crate::config::Config;
@@ -135,11 +135,11 @@ fn resume(config: &Config, out: &Path, device: &Device, from: &Resume) -> Result
     };
     warn_of_changes(config, &state.config)?;
     tracing::info!("resuming from {}", dir.display());
-    let step = state.step;
+    let (step, rollbacks) = (state.step, state.stability.rollbacks);
     let trainer = Trainer::resume(config, out, device, &dir, state)?;
     // What the killed run did after this checkpoint happens again.
     CheckpointDir::new(out).discard_after(step)?;
-    truncate_after_checkpoint(out, step)?;
+    truncate_beyond(out, step, rollbacks)?;
     Ok(trainer)
 }
 
