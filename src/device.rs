@@ -91,6 +91,18 @@ fn describe_cuda(device: &candle_core::CudaDevice) -> String {
     format!("cuda:{} ({name}{capability}{memory})", context.ordinal())
 }
 
+/// Dense bf16 peak of a GPU in the table of [`crate::hardware`]; `None` for others and the CPU.
+pub fn peak_bf16_tflops(device: &Device) -> Option<f64> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            let name = device.cuda_stream().context().name().ok()?;
+            crate::hardware::peak_bf16_tflops(&name)
+        }
+        _ => None,
+    }
+}
+
 /// The processor's name as Linux gives it, elsewhere its architecture.
 fn cpu_model() -> String {
     fs::read_to_string("/proc/cpuinfo")

@@ -23,7 +23,8 @@ pub enum Error {
     /// Training cannot go on (too many rollbacks, no usable checkpoint, ...).
     #[error("{0}")]
     Training(String),
-    #[error("tensor operation failed: {0}")]
+    /// Only the first line: candle appends a backtrace when RUST_BACKTRACE is set.
+    #[error("tensor operation failed: {}", .0.to_string().lines().next().unwrap_or_default())]
     Tensor(#[from] candle_core::Error),
 }
 

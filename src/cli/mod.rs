@@ -1,7 +1,9 @@
 //! The command line: one file a subcommand, each with its `Args` and its `run`.
 
 mod bench;
+mod console;
 mod tokenize;
+mod train;
 
 use std::process::ExitCode;
 
@@ -16,7 +18,9 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
+#[allow(clippy::large_enum_variant)] // there is one, and it is parsed once
 enum Command {
+    Train(train::Args),
     Tokenize(tokenize::Args),
     Bench(bench::Args),
 }
@@ -25,7 +29,9 @@ enum Command {
 /// usage, 1 for failures at run time.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    console::init_tracing();
     let outcome = match cli.command {
+        Command::Train(args) => train::run(args),
         Command::Tokenize(args) => tokenize::run(args),
         Command::Bench(args) => bench::run(args),
     };

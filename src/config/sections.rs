@@ -272,7 +272,6 @@ impl Schedule {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Stability {
-    pub enabled: bool,
     /// A loss above this multiple of its moving average is a spike.
     pub spike_threshold: f64,
     /// Decay of the loss's exponential moving average.
@@ -285,14 +284,13 @@ pub struct Stability {
     pub lr_factor: f64,
     /// Steps over which the learning rate eases back.
     pub recovery_steps: u64,
-    /// Rollbacks after which training stops.
+    /// Rollbacks after which training stops; 0 stops at the first anomaly.
     pub max_rollbacks: u32,
 }
 
 impl Default for Stability {
     fn default() -> Self {
         Self {
-            enabled: true,
             spike_threshold: 5.0,
             ema_decay: 0.98,
             ema_warmup: 20,

@@ -7,7 +7,9 @@ pub mod bin_format;
 pub mod bin_writer;
 pub mod dataset;
 pub mod loader;
+pub mod prepare;
 pub mod sampler;
+pub mod tokenize;
 
 pub use bin_format::{Sidecar, TokenDtype, TokenFile};
 pub use bin_writer::TokenWriter;

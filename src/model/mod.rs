@@ -8,5 +8,6 @@ mod transformer;
 
 pub use config::{Activation, BitNetConfig, ParameterCount, Projection};
 pub use memory::MemoryEstimate;
+pub(crate) use parameters::checked;
 pub use parameters::{Parameter, Parameters};
 pub use transformer::{BitNetTransformer, Output};

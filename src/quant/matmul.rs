@@ -47,6 +47,23 @@ pub(crate) fn check_shapes(x_len: usize, m: usize, k: usize) -> Result<()> {
 
 /// Products of all tokens with the weight rows from `first` on; `out` has shape (rows, tokens).
 fn block_product(x: &[i8], w: &PackedTernary, first: usize, out: &mut [i32]) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the CPU has just said that it has AVX2, which is all the callee asks for.
+        return unsafe { block_product_avx2(x, w, first, out) };
+    }
+    portable_block_product(x, w, first, out)
+}
+
+/// The portable code compiled for AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn block_product_avx2(x: &[i8], w: &PackedTernary, first: usize, out: &mut [i32]) {
+    portable_block_product(x, w, first, out)
+}
+
+#[inline(always)]
+fn portable_block_product(x: &[i8], w: &PackedTernary, first: usize, out: &mut [i32]) {
     let k = w.cols();
     let m = x.len() / k;
     // The last group may have fewer rows than lanes: the missing ones stay zero.
@@ -55,42 +72,24 @@ fn block_product(x: &[i8], w: &PackedTernary, first: usize, out: &mut [i32]) {
         w.unpack_row(first + i, row);
     }
     for (token, x) in x.chunks_exact(k).enumerate() {
-        for (group, rows) in rows.chunks_exact(LANES * k).enumerate() {
-            let sums = dot(x, rows);
-            let out = out[group * LANES * m..].iter_mut().skip(token).step_by(m);
-            for (out, sum) in out.zip(sums) {
-                *out = sum;
+        for (rows, out) in rows.chunks_exact(LANES * k).zip(out.chunks_mut(LANES * m)) {
+            for (sum, out) in dot(x, rows).into_iter().zip(out.chunks_exact_mut(m)) {
+                out[token] = sum;
             }
         }
     }
 }
 
-/// Inner products of `x` with `LANES` rows of the same length laid end to end.
-fn dot(x: &[i8], rows: &[i8]) -> [i32; LANES] {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the CPU has just said that it has AVX2, which is all the callee asks for.
-        return unsafe { dot_avx2(x, rows) };
-    }
-    dot_portable(x, rows)
-}
-
-/// The portable loop compiled for AVX2, which is 4 times as fast as for baseline x86-64.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn dot_avx2(x: &[i8], rows: &[i8]) -> [i32; LANES] {
-    dot_portable(x, rows)
-}
-
-/// Written for the auto-vectoriser: the products fit an int16, the sums an int32.
+/// Inner products of `x` with `LANES` rows of the same length laid end to end. Written for the
+/// auto-vectoriser; with K up to [`MAX_K`] nothing wraps.
 #[inline(always)]
-fn dot_portable(x: &[i8], rows: &[i8]) -> [i32; LANES] {
+fn dot(x: &[i8], rows: &[i8]) -> [i32; LANES] {
     let k = x.len();
     let rows: [&[i8]; LANES] = std::array::from_fn(|lane| &rows[lane * k..][..k]);
     let mut sums = [0i32; LANES];
     for (i, &x) in x.iter().enumerate() {
-        for lane in 0..LANES {
-            sums[lane] += i32::from(i16::from(x)) * i32::from(i16::from(rows[lane][i]));
+        for (sum, row) in sums.iter_mut().zip(rows) {
+            *sum = sum.wrapping_add(i32::from(x).wrapping_mul(i32::from(row[i])));
         }
     }
     sums

@@ -61,13 +61,14 @@ impl PackedTernary {
     }
 
     /// Writes the codes of one row into `codes`, whose length is `cols`.
+    #[inline]
     pub fn unpack_row(&self, row: usize, codes: &mut [i8]) {
         assert_eq!(codes.len(), self.cols, "a row has `cols` codes");
         let stride = self.words_per_row();
         let words = &self.words[row * stride..][..stride];
         for (codes, &word) in codes.chunks_mut(VALUES_PER_WORD).zip(words) {
             for (i, code) in codes.iter_mut().enumerate() {
-                *code = (word >> (BITS * i) & 0b11) as i8 - 1;
+                *code = ((word >> (BITS * i) & 0b11) as i8).wrapping_sub(1);
             }
         }
     }

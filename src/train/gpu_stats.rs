@@ -22,7 +22,7 @@ pub struct GpuInfo {
 }
 
 /// A reading at one moment. `None`: this GPU does not report it (a MIG slice has no utilisation, for example).
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct GpuStats {
     /// Memory in use by all processes, in bytes.
     pub memory_used: u64,

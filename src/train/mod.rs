@@ -1,4 +1,20 @@
 //! Training: schedule, optimizer, stability, checkpoints, metrics, and the loop that joins them.
 
+pub mod checkpoint;
 pub mod gpu_stats;
+mod metrics;
+mod optimizer;
+mod run;
+mod sample;
+mod schedule;
+mod stability;
 pub mod tensorboard;
+mod trainer;
+
+pub use metrics::StepRecord;
+pub use optimizer::{AdamW, UpdateScale, grad_norm};
+pub use run::{Observer, Resume, RunOptions, Summary, run};
+pub use sample::Sampler;
+pub use schedule::LrSchedule;
+pub use stability::{Anomaly, Monitor, StabilityState};
+pub use trainer::{StepOutcome, Trainer};

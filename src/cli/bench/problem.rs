@@ -1,0 +1,211 @@
+//! The product that is measured: random operands, and the check of a result against them.
+
+use rayon::prelude::*;
+
+use crate::Result;
+use crate::quant::PackedTernary;
+
+/// Wrong rows that are computed anew to say how far off they are.
+const ROWS_EXAMINED: usize = 16;
+
+/// `y = x . w^T` with random int8 `x` of shape (m, k) and random ternary `w` of shape (n, k).
+pub struct Problem {
+    pub m: usize,
+    pub k: usize,
+    pub n: usize,
+    pub x: Vec<i8>,
+    pub w: Vec<i8>,
+    pub packed: PackedTernary,
+}
+
+/// How a result compares with the exact product.
+#[derive(Debug, PartialEq)]
+pub struct Agreement {
+    pub wrong_rows: usize,
+    /// Largest absolute error in the first wrong rows; 0 if none is wrong.
+    pub max_error: f64,
+}
+
+impl Agreement {
+    pub fn exact(&self) -> bool {
+        self.wrong_rows == 0
+    }
+}
+
+impl Problem {
+    /// The same numbers each time for the same shape.
+    pub fn random(m: usize, k: usize, n: usize) -> Result<Self> {
+        let mut random = SplitMix64(0);
+        let x: Vec<i8> = (0..m * k).map(|_| random.next() as i8).collect();
+        let w: Vec<i8> = (0..n * k).map(|_| (random.below(3) as i8) - 1).collect();
+        let packed = PackedTernary::pack(&w, n, k)?;
+        Ok(Self {
+            m,
+            k,
+            n,
+            x,
+            w,
+            packed,
+        })
+    }
+
+    /// Floating-point (or integer) operations of the product: a multiplication and an addition each.
+    pub fn operations(&self) -> f64 {
+        2.0 * self.m as f64 * self.n as f64 * self.k as f64
+    }
+
+    /// Compares a result `y` of shape (m, n) with the exact product, all rows of it.
+    ///
+    /// Freivalds' check (1977): for a random vector r, `y . r` must equal `x . (w^T . r)`, which
+    /// costs O(n^2) rather than O(n^3). In integers modulo 2^64 it never refuses a right row and
+    /// lets a wrong one pass with a chance below 2^-31 (the error of an entry is below 2^33).
+    pub fn check<T: Copy + Into<f64> + Sync>(&self, y: &[T]) -> Agreement {
+        let mut random = SplitMix64(1);
+        let r: Vec<i64> = (0..self.n).map(|_| random.next() as i64).collect();
+        let mut wr = vec![0i64; self.k];
+        for (w, &r) in self.w.chunks_exact(self.k).zip(&r) {
+            for (wr, &w) in wr.iter_mut().zip(w) {
+                *wr = wr.wrapping_add(r.wrapping_mul(w.into()));
+            }
+        }
+        let wrong: Vec<(&[i8], &[T])> = self
+            .x
+            .par_chunks_exact(self.k)
+            .zip(y.par_chunks_exact(self.n))
+            .filter(|(x, y)| {
+                let expected = inner(x.iter().map(|&x| x.into()), &wr);
+                let integers = y.iter().all(|&y| y.into().fract() == 0.0);
+                !integers || inner(y.iter().map(|&y| y.into() as i64), &r) != expected
+            })
+            .collect();
+        let max_error = wrong
+            .par_iter()
+            .take(ROWS_EXAMINED)
+            .map(|(x, y)| self.row_error(x, y))
+            .reduce(|| 0.0, f64::max);
+        Agreement {
+            wrong_rows: wrong.len(),
+            max_error,
+        }
+    }
+
+    /// Largest absolute error in one row of the result, by the definition of the product in i64.
+    fn row_error<T: Copy + Into<f64>>(&self, x: &[i8], y: &[T]) -> f64 {
+        let rows = self.w.chunks_exact(self.k);
+        rows.zip(y).fold(0.0, |worst, (w, &y)| {
+            let exact: i64 = x
+                .iter()
+                .zip(w)
+                .map(|(&x, &w)| i64::from(x) * i64::from(w))
+                .sum();
+            let error = (y.into() - exact as f64).abs();
+            // A NaN is as wrong as can be; f64::max would drop it.
+            if error.is_nan() {
+                f64::INFINITY
+            } else {
+                worst.max(error)
+            }
+        })
+    }
+}
+
+/// Inner product modulo 2^64.
+fn inner(a: impl Iterator<Item = i64>, b: &[i64]) -> i64 {
+    a.zip(b)
+        .fold(0, |sum, (a, &b)| sum.wrapping_add(a.wrapping_mul(b)))
+}
+
+/// Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014).
+struct SplitMix64(u64);
+
+impl SplitMix64 {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in 0..bound for a small bound (the bias is below bound / 2^32).
+    fn below(&mut self, bound: u64) -> u64 {
+        ((self.next() >> 32) * bound) >> 32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The product by its definition.
+    fn product(problem: &Problem) -> Vec<i32> {
+        let rows = problem.x.chunks_exact(problem.k);
+        rows.flat_map(|x| {
+            let columns = problem.w.chunks_exact(problem.k);
+            columns.map(|w| {
+                x.iter()
+                    .zip(w)
+                    .map(|(&x, &w)| i32::from(x) * i32::from(w))
+                    .sum()
+            })
+        })
+        .collect()
+    }
+
+    #[test]
+    fn operands_take_every_value() {
+        let problem = Problem::random(50, 60, 70).unwrap();
+        for code in -1..=1 {
+            let share = problem.w.iter().filter(|&&w| w == code).count() as f64 / (60.0 * 70.0);
+            assert!(
+                (share - 1.0 / 3.0).abs() < 0.05,
+                "code {code} makes up {share}"
+            );
+        }
+        assert!((-128..=127).all(|code| problem.x.contains(&code)));
+        assert_eq!(problem.packed.unpack(), problem.w);
+    }
+
+    #[test]
+    fn the_exact_product_agrees() {
+        let problem = Problem::random(5, 33, 7).unwrap();
+        let y = product(&problem);
+        let exact = Agreement {
+            wrong_rows: 0,
+            max_error: 0.0,
+        };
+        assert_eq!(problem.check(&y), exact);
+        let floats: Vec<f32> = y.iter().map(|&y| y as f32).collect();
+        assert_eq!(problem.check(&floats), exact);
+    }
+
+    #[test]
+    fn one_wrong_value_anywhere_is_found_and_measured() {
+        let problem = Problem::random(4, 20, 6).unwrap();
+        let y = product(&problem);
+        for at in 0..y.len() {
+            for error in [1, -3, 1 << 30] {
+                let mut y = y.clone();
+                y[at] += error;
+                let found = problem.check(&y);
+                let expected = Agreement {
+                    wrong_rows: 1,
+                    max_error: f64::from(error).abs(),
+                };
+                assert_eq!(found, expected);
+            }
+        }
+    }
+
+    #[test]
+    fn rounded_and_undefined_values_are_wrong() {
+        let problem = Problem::random(3, 9, 4).unwrap();
+        let mut y: Vec<f32> = product(&problem).iter().map(|&y| y as f32).collect();
+        y[0] += 0.25;
+        y[11] = f32::NAN;
+        let expected = Agreement {
+            wrong_rows: 2,
+            max_error: f64::INFINITY,
+        };
+        assert_eq!(problem.check(&y), expected);
+    }
+}

@@ -1,0 +1,57 @@
+//! What a person sees while a command runs: warnings and messages that do not tear the progress
+//! bar apart.
+
+use std::io::{self, Write};
+use std::sync::OnceLock;
+
+use indicatif::{MultiProgress, ProgressBar};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+/// All bars of the process; drawn on standard error, hidden when that is no terminal.
+fn bars() -> &'static MultiProgress {
+    static BARS: OnceLock<MultiProgress> = OnceLock::new();
+    BARS.get_or_init(MultiProgress::new)
+}
+
+/// Shows `bar`, below whatever is printed meanwhile.
+pub fn show(bar: ProgressBar) -> ProgressBar {
+    bars().add(bar)
+}
+
+/// Prints a line on standard output, above the bars.
+pub fn line(text: &str) {
+    bars().suspend(|| println!("{text}"));
+}
+
+/// Sends `tracing` events to standard error; `RUST_LOG` chooses, by default `info` and above.
+pub fn init_tracing() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // A second call (in tests) keeps the first subscriber.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .without_time()
+        .with_target(false)
+        .with_writer(StderrAboveBars)
+        .try_init();
+}
+
+struct StderrAboveBars;
+
+impl<'a> MakeWriter<'a> for StderrAboveBars {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        Self
+    }
+}
+
+impl Write for StderrAboveBars {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        bars().suspend(|| io::stderr().write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}

@@ -1,0 +1,227 @@
+//! `titanbit train`: a configuration to a trained model in a run directory.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::Device;
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+
+use super::{console, tokenize};
+use crate::config::Config;
+use crate::data::prepare::prepare;
+use crate::train::{Observer, Resume, RunOptions, StepRecord, Summary, Trainer};
+use crate::{Error, Result, device, train};
+
+/// Train a model as a YAML file says.
+///
+/// Writes a run directory: config.yaml (as resolved), metrics.jsonl (an object a step),
+/// tensorboard/ and checkpoints/. Ctrl-C finishes the step, saves and exits; `--resume latest`
+/// goes on bit by bit as if nothing had happened.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The configuration; configs/default.yaml documents every key
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+
+    /// The run directory [default: runs/NAME of the config, numbered when taken]
+    #[arg(long, value_name = "RUN_DIR")]
+    out: Option<PathBuf>,
+
+    /// Go on from the newest whole checkpoint of the run directory, or from a checkpoint
+    #[arg(long, value_name = "latest|PATH")]
+    resume: Option<String>,
+
+    /// Stop after this many steps in all, leaving the schedule as it is
+    #[arg(long, value_name = "N")]
+    max_steps: Option<u64>,
+
+    /// auto, cpu, cuda or cuda:N; overrides hardware.device
+    #[arg(long)]
+    device: Option<String>,
+
+    /// Override a key of the configuration, e.g. train.micro_batch=4; repeatable
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let config = Config::load(&args.config, &args.set)?;
+    if let Some(threads) = config.hardware.threads {
+        // The pool can only be sized once per process; a second run in one process keeps it.
+        let _ = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build_global();
+    }
+    let device = device::select(args.device.as_deref().unwrap_or(&config.hardware.device))?;
+    let resume = args.resume.map(|from| match from.as_str() {
+        "latest" => Resume::Latest,
+        path => Resume::Path(path.into()),
+    });
+    let name = args.config.file_stem().unwrap_or_default();
+    let out = match args.out {
+        Some(out) => out,
+        None => default_run_dir(&Path::new("runs").join(name), resume.as_ref()),
+    };
+
+    let bar = console::show(tokenize::progress_bar()?);
+    if let Some(summary) = prepare(&config.data, &bar)? {
+        bar.finish_and_clear();
+        println!("{summary}\n");
+    }
+    bar.finish_and_clear();
+
+    let options = RunOptions {
+        out,
+        resume,
+        max_steps: args.max_steps,
+    };
+    let mut console = Console {
+        bar: ProgressBar::hidden(),
+        every: config.logging.every,
+        out: options.out.clone(),
+        stop: stop_on_interrupt()?,
+    };
+    let summary = train::run(&config, &options, &device, &mut console)?;
+    console.bar.finish_and_clear();
+    print_summary(&summary, &args.config, &options.out);
+    Ok(())
+}
+
+/// `base`, or `base-2`, `base-3`, ...: the first that holds no run yet, or, to resume, the last
+/// that does.
+fn default_run_dir(base: &Path, resume: Option<&Resume>) -> PathBuf {
+    if let Some(Resume::Path(path)) = resume {
+        // runs/NAME/checkpoints/step_0000100 belongs to runs/NAME.
+        if let Some(run_dir) = path.parent().and_then(Path::parent) {
+            return run_dir.to_path_buf();
+        }
+    }
+    let numbered = |n: usize| match n {
+        1 => base.to_path_buf(),
+        _ => PathBuf::from(format!("{}-{n}", base.display())),
+    };
+    let free = (1..)
+        .find(|n| !numbered(*n).join("metrics.jsonl").exists())
+        .unwrap_or(1);
+    match resume {
+        Some(_) => numbered((free - 1).max(1)),
+        None => numbered(free),
+    }
+}
+
+/// A flag that Ctrl-C (or SIGTERM) sets; a second Ctrl-C ends the process at once.
+fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step; once more to quit without saving");
+    })
+    .map_err(|e| Error::training(format!("cannot watch for Ctrl-C: {e}")))?;
+    Ok(stop)
+}
+
+/// The progress bar on a terminal, plain lines elsewhere.
+struct Console {
+    bar: ProgressBar,
+    every: u64,
+    out: PathBuf,
+    stop: Arc<AtomicBool>,
+}
+
+impl Observer for Console {
+    fn started(&mut self, trainer: &Trainer, device: &Device) {
+        let config = trainer.config();
+        let parameters = config.model.parameter_count();
+        console::line(&format!(
+            "model   {:.1} M parameters, {:.1} M of them ternary\n\
+             device  {}\n\
+             run     {}: {} steps of {} tokens, from step {}",
+            parameters.total() as f64 / 1e6,
+            parameters.ternary as f64 / 1e6,
+            device::describe(device),
+            self.out.display(),
+            config.train.steps,
+            config.tokens_per_step(),
+            trainer.step_count(),
+        ));
+        let style = ProgressStyle::with_template("{wide_bar} step {pos}/{len} {msg} ETA {eta}");
+        let bar = ProgressBar::new(config.train.steps).with_position(trainer.step_count());
+        self.bar = console::show(match style {
+            Ok(style) => bar.with_style(style),
+            Err(_) => bar,
+        });
+        self.bar.reset_eta();
+    }
+
+    fn step(&mut self, record: &StepRecord, planned_steps: u64) {
+        let mfu = match record.mfu {
+            Some(mfu) => format!("{:.1}%", mfu * 100.0),
+            None => "n/a".into(),
+        };
+        let figures = format!(
+            "loss {:.3} | lr {:.2e} | norm {:.2} | {:.1} k tok/s | MFU {mfu}",
+            record.loss,
+            record.lr,
+            record.grad_norm,
+            record.tokens_per_s / 1e3,
+        );
+        self.bar.set_position(record.step);
+        self.bar.set_message(format!("| {figures} |"));
+        if self.bar.is_hidden() && record.step.is_multiple_of(self.every) {
+            let left = HumanDuration(self.bar.eta());
+            println!(
+                "step {}/{planned_steps} | {figures} | ETA {left}",
+                record.step
+            );
+        }
+    }
+
+    fn validated(&mut self, step: u64, loss: f64) {
+        console::line(&format!("step {step}: validation loss {loss:.3}"));
+    }
+
+    fn sampled(&mut self, step: u64, text: &str) {
+        console::line(&format!("step {step}: sample: {}", text.escape_debug()));
+    }
+
+    fn should_stop(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+}
+
+fn print_summary(summary: &Summary, config: &Path, out: &Path) {
+    if let Some(sample) = &summary.sample {
+        println!("\nsample\n{sample}\n");
+    }
+    let what = match summary.interrupted {
+        true => "stopped at",
+        false => "finished",
+    };
+    println!(
+        "{what} step {}, {:.1} M tokens",
+        summary.step,
+        summary.tokens as f64 / 1e6
+    );
+    if let Some(loss) = summary.val_loss {
+        println!("validation loss {loss:.3} (perplexity {:.1})", loss.exp());
+    }
+    println!("checkpoint {}", summary.checkpoint.display());
+    println!("\nnext");
+    println!(
+        "  titanbit info --checkpoint {}",
+        summary.checkpoint.display()
+    );
+    if summary.interrupted {
+        let (config, out) = (config.display(), out.display());
+        println!("  titanbit train --config {config} --out {out} --resume latest");
+    } else {
+        println!(
+            "  tensorboard --logdir {}",
+            out.join("tensorboard").display()
+        );
+    }
+}

@@ -1,0 +1,61 @@
+//! Makes a run's token files from text on first use, as its `data.prepare` section says.
+
+use indicatif::ProgressBar;
+
+use super::bin_format::TokenFile;
+use super::tokenize::{self, TokenizeOptions, TokenizeSummary, Validation, VocabularySource};
+use crate::config::{Data, Prepare};
+use crate::{Error, Result};
+
+/// Tokenises when the training file is not there yet; `None` when it is, made from the same
+/// section.
+///
+/// # Errors
+/// A training file that was made otherwise: it is not overwritten.
+pub fn prepare(data: &Data, progress: &ProgressBar) -> Result<Option<TokenizeSummary>> {
+    let (Some(prepare), [source]) = (&data.prepare, data.train.as_slice()) else {
+        return Ok(None);
+    };
+    let made_by = description(prepare);
+    let missing = |path: &std::path::Path| !path.exists();
+    if !missing(&source.path) && !data.val.as_deref().is_some_and(missing) {
+        return match TokenFile::open(&source.path, data.dtype)?.sidecar() {
+            Some(sidecar) if sidecar.command == made_by => Ok(None),
+            _ => Err(Error::usage(format!(
+                "{} was not made from this config's data.prepare: delete it to make it anew, or \
+                 drop data.prepare to use it as it is",
+                source.path.display()
+            ))),
+        };
+    }
+    let vocabulary = match &data.tokenizer {
+        Some(path) if path.is_file() => VocabularySource::File(path.clone()),
+        _ => VocabularySource::Train(prepare.train_vocab),
+    };
+    let options = TokenizeOptions {
+        inputs: prepare.input.clone(),
+        output: source.path.clone(),
+        vocabulary,
+        eos_token: None,
+        validation: data.val.clone().map(|output| Validation {
+            fraction: prepare.val_fraction,
+            output,
+        }),
+        text_field: "text".into(),
+        extensions: (!prepare.ext.is_empty()).then(|| prepare.ext.clone()),
+        threads: None,
+        max_shard_tokens: None,
+        sample_bytes: prepare.sample_mb.map(|mb| mb.saturating_mul(1_000_000)),
+        strict: false,
+        command: made_by,
+    };
+    tokenize::run(&options, progress).map(Some)
+}
+
+/// What the sidecar records, so that a changed section does not pass for the same data.
+fn description(prepare: &Prepare) -> String {
+    format!(
+        "data.prepare: input {:?}, ext {:?}, sample_mb {:?}, train_vocab {}, val_fraction {}",
+        prepare.input, prepare.ext, prepare.sample_mb, prepare.train_vocab, prepare.val_fraction
+    )
+}

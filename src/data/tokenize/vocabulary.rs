@@ -1,0 +1,148 @@
+//! The tokenizer: read from a file, or trained on a sample of the input.
+
+use std::path::Path;
+
+use tokenizers::models::bpe::{BPE, BpeTrainer};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, Tokenizer, Trainer};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::encoder::byte_level_form;
+use super::gpt2;
+use crate::data::bin_format::hex;
+use crate::error::IoContext;
+use crate::{Error, Result};
+
+/// Ends each document, in vocabularies trained here.
+pub const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// What other vocabularies call it.
+const END_OF_TEXT_NAMES: [&str; 6] = [
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+];
+
+/// Bytes and end of text: the smallest vocabulary.
+pub const MIN_VOCAB: usize = 257;
+
+/// Pre-tokens longer than this are left out of training: runs of one character cost quadratic
+/// time there and teach nothing.
+const MAX_TRAINING_WORD: usize = 256;
+
+/// A tokenizer and what the token files need to know of it.
+pub struct Vocabulary {
+    pub tokenizer: Tokenizer,
+    /// The tokenizer as the file `tokenizer.json` holds it.
+    pub json: Vec<u8>,
+    /// xxh3-64 of that file, in hexadecimal.
+    pub hash: String,
+    /// Every id is below this.
+    pub size: u32,
+    pub eos_id: u32,
+}
+
+impl Vocabulary {
+    /// Reads a `tokenizer.json`. `eos_token` names the token that ends a document; by default it
+    /// is looked for under its usual names.
+    ///
+    /// # Errors
+    /// `Io` when it cannot be read, `Format` when it is not a tokenizer, `Usage` when it has no
+    /// such token.
+    pub fn load(path: &Path, eos_token: Option<&str>) -> Result<Self> {
+        let json = std::fs::read(path).at("read", path)?;
+        let tokenizer = Tokenizer::from_bytes(&json).map_err(|error| {
+            Error::format(
+                path,
+                format!("not a tokenizer.json of `tokenizers`: {error}"),
+            )
+        })?;
+        Self::new(tokenizer, json, path, eos_token)
+    }
+
+    /// Trains byte-level BPE as GPT-2 has it: all 256 bytes, [`END_OF_TEXT`], and as many merges
+    /// as `size` leaves room for and `texts` has pairs for. The result depends neither on the
+    /// order of the texts nor on the number of threads.
+    ///
+    /// # Errors
+    /// `Usage` when `size` is below [`MIN_VOCAB`].
+    pub fn train(size: usize, texts: impl Iterator<Item = String> + Send) -> Result<Self> {
+        if size < MIN_VOCAB {
+            return Err(Error::usage(format!(
+                "a vocabulary of {size} is too small: byte-level BPE needs at least {MIN_VOCAB} \
+                 (256 bytes and {END_OF_TEXT})"
+            )));
+        }
+        let failed = |error| Error::usage(format!("cannot train a vocabulary: {error}"));
+        let end_of_text = AddedToken::from(END_OF_TEXT, true);
+        let mut trainer = BpeTrainer::builder()
+            .vocab_size(size)
+            .min_frequency(2)
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .special_tokens(vec![end_of_text.clone()])
+            .show_progress(false)
+            .build();
+        let words = |text: &str| {
+            Ok(gpt2::split(text)
+                .filter(|word| word.len() <= MAX_TRAINING_WORD)
+                .map(byte_level_form)
+                .collect())
+        };
+        trainer.feed(texts, words).map_err(failed)?;
+        let mut model = BPE::default();
+        trainer.train(&mut model).map_err(failed)?;
+
+        let byte_level = ByteLevel::new(false, true, true);
+        let mut tokenizer = Tokenizer::new(model);
+        tokenizer
+            .with_pre_tokenizer(Some(byte_level))
+            .with_decoder(Some(byte_level))
+            .with_post_processor(Some(byte_level));
+        tokenizer
+            .add_special_tokens([end_of_text])
+            .map_err(failed)?;
+        let json = tokenizer.to_string(true).map_err(failed)?.into_bytes();
+        Self::new(tokenizer, json, Path::new("tokenizer.json"), None)
+    }
+
+    fn new(
+        mut tokenizer: Tokenizer,
+        json: Vec<u8>,
+        path: &Path,
+        eos_token: Option<&str>,
+    ) -> Result<Self> {
+        // A document is encoded whole and as it is, whatever the file says of inference batches.
+        tokenizer
+            .with_truncation(None)
+            .map_err(|error| Error::format(path, error))?
+            .with_padding(None);
+        let found = match eos_token {
+            Some(name) => tokenizer.token_to_id(name),
+            None => END_OF_TEXT_NAMES
+                .iter()
+                .find_map(|name| tokenizer.token_to_id(name)),
+        };
+        let Some(eos_id) = found else {
+            return Err(Error::usage(match eos_token {
+                Some(name) => format!("{} has no token {name}", path.display()),
+                None => format!(
+                    "{} has no token that ends a document (looked for {}): name it with \
+                     --eos-token",
+                    path.display(),
+                    END_OF_TEXT_NAMES.join(" ")
+                ),
+            }));
+        };
+        let largest = tokenizer.get_vocab(true).into_values().max();
+        Ok(Self {
+            hash: hex(xxh3_64(&json)),
+            size: largest.unwrap_or(eos_id) + 1,
+            tokenizer,
+            json,
+            eos_id,
+        })
+    }
+}

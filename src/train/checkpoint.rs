@@ -1,0 +1,375 @@
+//! Checkpoints: `checkpoints/step_0010000/` with `model.safetensors` (names as in
+//! `transformers`), `optimizer.safetensors` (`m.NAME`, `v.NAME`) and `state.json`, which holds
+//! the checksums of the others and of itself. A checkpoint appears whole, by a rename, or not at
+//! all; `latest` and `best` are text files that hold a directory's name.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+
+use super::optimizer::{AdamW, Moments};
+use super::stability::StabilityState;
+use crate::config::Config;
+use crate::error::IoContext;
+use crate::model::{BitNetTransformer, Parameters, checked};
+use crate::{Error, Result};
+
+const MODEL: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+const TOKENIZER: &str = "tokenizer.json";
+
+/// Everything beside the tensors that a run needs to go on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Updates applied.
+    pub step: u64,
+    /// Tokens those updates have seen.
+    pub tokens: u64,
+    /// Index of the next sample: with `config.train.seed`, the data's and the sampler's whole
+    /// state, as sampling is stateless.
+    pub position: u64,
+    /// Training loss of the last step, in nats; none before the first.
+    pub loss: Option<f64>,
+    /// Newest validation loss, and the lowest, in nats.
+    pub val_loss: Option<f64>,
+    pub best_val_loss: Option<f64>,
+    pub stability: StabilityState,
+    pub config: Config,
+    /// xxh3 of each file beside this one, in hex.
+    files: BTreeMap<String, String>,
+    /// xxh3 of this file as it is with an empty checksum.
+    checksum: String,
+}
+
+/// The part of [`State`] that the trainer fills in.
+pub struct Progress {
+    pub step: u64,
+    pub tokens: u64,
+    pub position: u64,
+    pub loss: Option<f64>,
+    pub val_loss: Option<f64>,
+    pub best_val_loss: Option<f64>,
+    pub stability: StabilityState,
+}
+
+/// The checkpoints of one run.
+#[derive(Clone, Debug)]
+pub struct CheckpointDir {
+    root: PathBuf,
+}
+
+impl CheckpointDir {
+    pub fn new(run_dir: &Path) -> Self {
+        Self {
+            root: run_dir.join("checkpoints"),
+        }
+    }
+
+    /// Writes a checkpoint, whole or not at all, and points `latest` at it.
+    ///
+    /// # Errors
+    /// What the operating system refused (a full disk, say); earlier checkpoints are untouched.
+    pub fn save(
+        &self,
+        progress: Progress,
+        config: &Config,
+        model: &BitNetTransformer,
+        optimizer: &AdamW,
+    ) -> Result<PathBuf> {
+        fs::create_dir_all(&self.root).at("create", &self.root)?;
+        let name = format!("step_{:07}", progress.step);
+        let temporary = self.root.join(format!(".{name}.partial"));
+        remove_dir(&temporary)?;
+        fs::create_dir(&temporary).at("create", &temporary)?;
+        let written = write_files(&temporary, progress, config, model, optimizer);
+        if let Err(error) = written {
+            // The reason is what matters; a leftover is replaced by the next save.
+            let _ = fs::remove_dir_all(&temporary);
+            return Err(error);
+        }
+        let target = self.root.join(&name);
+        remove_dir(&target)?;
+        fs::rename(&temporary, &target).at("rename", &temporary)?;
+        sync_dir(&self.root)?;
+        self.point("latest", &target)?;
+        Ok(target)
+    }
+
+    /// Makes `latest` or `best` name a checkpoint.
+    pub fn point(&self, pointer: &str, target: &Path) -> Result<()> {
+        let name = target.file_name().unwrap_or_default().to_string_lossy();
+        write_atomically(&self.root.join(pointer), name.as_bytes())
+    }
+
+    /// Checkpoints by step, oldest first; not yet verified.
+    pub fn list(&self) -> Result<Vec<(u64, PathBuf)>> {
+        let entries = match fs::read_dir(&self.root) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(e).at("read", &self.root),
+        };
+        let mut all = Vec::new();
+        for entry in entries {
+            let path = entry.at("read", &self.root)?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if let Some(step) = name.strip_prefix("step_").and_then(|s| s.parse().ok()) {
+                all.push((step, path));
+            }
+        }
+        all.sort();
+        Ok(all)
+    }
+
+    /// The newest checkpoint that is whole; every broken one on the way is warned about.
+    pub fn newest_valid(&self, accept: impl Fn(u64) -> bool) -> Result<Option<(PathBuf, State)>> {
+        for (step, path) in self.list()?.into_iter().rev() {
+            if !accept(step) {
+                continue;
+            }
+            match verify(&path) {
+                Ok(state) => return Ok(Some((path, state))),
+                Err(error) => tracing::warn!("{error}; trying the checkpoint before it"),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Deletes what is not kept: all but the newest `keep_last`, every `keep_every`-th, what
+    /// `best` points at, and those `protect` accepts.
+    pub fn prune(
+        &self,
+        keep_last: usize,
+        keep_every: u64,
+        protect: impl Fn(u64) -> bool,
+    ) -> Result<()> {
+        let best = resolve(&self.root.join("best")).ok();
+        let all = self.list()?;
+        let old = all.len().saturating_sub(keep_last);
+        for (step, path) in &all[..old] {
+            let milestone = keep_every > 0 && step % keep_every == 0;
+            if !milestone && best.as_ref() != Some(path) && !protect(*step) {
+                remove_dir(path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes the checkpoints after `step`, newest first.
+    pub fn discard_after(&self, step: u64) -> Result<()> {
+        let later = self.list()?.into_iter().rev();
+        for (_, path) in later.take_while(|(other, _)| *other > step) {
+            remove_dir(&path)?;
+        }
+        Ok(())
+    }
+
+    /// Replaces a checkpoint's state, tensors untouched, and makes it the latest.
+    pub fn rewrite_state(&self, dir: &Path, state: &mut State) -> Result<()> {
+        state.write(dir)?;
+        self.point("latest", dir)
+    }
+}
+
+/// The directory that `path` names: itself, or what the pointer file `latest` or `best` holds.
+pub fn resolve(path: &Path) -> Result<PathBuf> {
+    let target = if path.is_file() {
+        let name = fs::read_to_string(path).at("read", path)?;
+        path.with_file_name(name.trim())
+    } else {
+        path.to_path_buf()
+    };
+    if !target.join(STATE).is_file() {
+        return Err(Error::usage(format!(
+            "{} is not a checkpoint: give a directory like runs/NAME/checkpoints/step_0001000, or \
+             runs/NAME/checkpoints/latest",
+            path.display()
+        )));
+    }
+    Ok(target)
+}
+
+/// Reads a checkpoint's state and compares every checksum.
+///
+/// # Errors
+/// `Format` naming the file that is torn, missing or changed.
+pub fn verify(dir: &Path) -> Result<State> {
+    let path = dir.join(STATE);
+    let text = fs::read(&path).at("read", &path)?;
+    let mut state: State = serde_json::from_slice(&text)
+        .map_err(|e| Error::format(&path, format!("torn or changed ({e})")))?;
+    let stored = std::mem::take(&mut state.checksum);
+    if stored != hex(xxh3_64(&state.to_json()?)) {
+        return Err(Error::format(
+            &path,
+            "its checksum does not match: the file was changed",
+        ));
+    }
+    state.checksum = stored;
+    for (name, stored) in &state.files {
+        let path = dir.join(name);
+        if *stored != file_checksum(&path)? {
+            return Err(Error::format(
+                path,
+                "its checksum does not match: the file was cut short or changed",
+            ));
+        }
+    }
+    Ok(state)
+}
+
+/// The weights of a checkpoint.
+///
+/// # Errors
+/// A checkpoint of another shape, by the name of the first tensor that differs.
+pub fn load_model(dir: &Path, config: &Config, device: &Device) -> Result<BitNetTransformer> {
+    let parameters = Parameters::load(&config.model, &dir.join(MODEL), device)?;
+    BitNetTransformer::with_parameters(&config.model, parameters)
+}
+
+/// The optimizer of a checkpoint.
+pub fn load_optimizer(dir: &Path, config: &Config, parameters: &Parameters) -> Result<AdamW> {
+    let path = dir.join(OPTIMIZER);
+    let tensors = candle_core::safetensors::load(&path, &Device::Cpu)
+        .map_err(|e| Error::format(&path, format!("not a readable safetensors file ({e})")))?;
+    let moments = parameters
+        .iter()
+        .map(|p| {
+            let read = |kind: &str| -> Result<Tensor> {
+                let tensor = checked(&tensors, &format!("{kind}.{}", p.name), p.var.dims())?;
+                Ok(tensor.to_device(p.var.device())?)
+            };
+            Ok(Moments {
+                m: read("m")?,
+                v: read("v")?,
+            })
+        })
+        .collect::<Result<_>>()?;
+    Ok(AdamW::with_moments(&config.optimizer, moments))
+}
+
+impl State {
+    fn to_json(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec_pretty(self).map_err(Error::training)
+    }
+
+    /// Writes `state.json`, checksum filled in, atomically.
+    fn write(&mut self, dir: &Path) -> Result<()> {
+        self.checksum.clear();
+        self.checksum = hex(xxh3_64(&self.to_json()?));
+        write_atomically(&dir.join(STATE), &self.to_json()?)
+    }
+}
+
+fn write_files(
+    dir: &Path,
+    progress: Progress,
+    config: &Config,
+    model: &BitNetTransformer,
+    optimizer: &AdamW,
+) -> Result<()> {
+    let weights = model
+        .parameters()
+        .iter()
+        .map(|p| (p.name.clone(), p.var.as_detached_tensor()));
+    write_tensors(&dir.join(MODEL), weights.collect())?;
+    let moments = model
+        .parameters()
+        .iter()
+        .zip(optimizer.moments())
+        .flat_map(|(p, moments)| {
+            [
+                (format!("m.{}", p.name), moments.m.clone()),
+                (format!("v.{}", p.name), moments.v.clone()),
+            ]
+        });
+    write_tensors(&dir.join(OPTIMIZER), moments.collect())?;
+    let mut names = vec![MODEL, OPTIMIZER];
+    if let Some(tokenizer) = config.data.tokenizer.as_ref().filter(|path| path.is_file()) {
+        let copy = dir.join(TOKENIZER);
+        fs::copy(tokenizer, &copy).at("copy the tokenizer to", &copy)?;
+        sync_file(&copy)?;
+        names.push(TOKENIZER);
+    }
+    let files = names
+        .into_iter()
+        .map(|name| Ok((name.to_string(), file_checksum(&dir.join(name))?)))
+        .collect::<Result<_>>()?;
+    let Progress {
+        step,
+        tokens,
+        position,
+        loss,
+        val_loss,
+        best_val_loss,
+        stability,
+    } = progress;
+    let mut state = State {
+        step,
+        tokens,
+        position,
+        loss,
+        val_loss,
+        best_val_loss,
+        stability,
+        config: config.clone(),
+        files,
+        checksum: String::new(),
+    };
+    state.write(dir)
+}
+
+fn write_tensors(path: &Path, tensors: HashMap<String, Tensor>) -> Result<()> {
+    safetensors::serialize_to_file(&tensors, None, path).map_err(|e| match e {
+        safetensors::SafeTensorError::IoError(source) => Error::Io {
+            action: "write",
+            path: path.to_path_buf(),
+            source,
+        },
+        other => Error::format(path, other),
+    })?;
+    sync_file(path)
+}
+
+fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
+    let temporary = path.with_extension("partial");
+    let mut file = File::create(&temporary).at("create", &temporary)?;
+    file.write_all(content).at("write", &temporary)?;
+    file.sync_all().at("write", &temporary)?;
+    fs::rename(&temporary, path).at("rename", &temporary)
+}
+
+fn sync_file(path: &Path) -> Result<()> {
+    let file = File::open(path).at("open", path)?;
+    file.sync_all().at("write", path)
+}
+
+/// Makes a rename last through a power cut; file systems that cannot are no reason to stop.
+fn sync_dir(path: &Path) -> Result<()> {
+    let dir = File::open(path).at("open", path)?;
+    let _ = dir.sync_all();
+    Ok(())
+}
+
+fn remove_dir(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).at("remove", path),
+        _ => Ok(()),
+    }
+}
+
+fn file_checksum(path: &Path) -> Result<String> {
+    let mut file = File::open(path).at("open", path)?;
+    let mut hasher = Xxh3::new();
+    std::io::copy(&mut file, &mut hasher).at("read", path)?;
+    Ok(hex(hasher.digest()))
+}
+
+fn hex(digest: u64) -> String {
+    format!("{digest:016x}")
+}

@@ -1,0 +1,369 @@
+//! AdamW with decoupled weight decay (arXiv 1711.05101) and a global gradient norm.
+
+use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor, bail};
+use rayon::prelude::*;
+
+use crate::Result;
+use crate::config::Optimizer;
+use crate::model::{Parameter, Parameters};
+
+/// Elements one task of a threaded pass handles.
+const BLOCK: usize = 1 << 14;
+
+/// First and second moments of one weight.
+#[derive(Clone, Debug)]
+pub struct Moments {
+    pub m: Tensor,
+    pub v: Tensor,
+}
+
+#[derive(Debug)]
+pub struct AdamW {
+    config: Optimizer,
+    moments: Vec<Moments>,
+}
+
+/// Per-step values of an update.
+#[derive(Clone, Copy, Debug)]
+pub struct UpdateScale {
+    /// Factor on every gradient: the clipping coefficient.
+    pub gradient: f64,
+    pub lr: f64,
+    pub weight_decay: f64,
+}
+
+impl AdamW {
+    pub fn new(config: &Optimizer, parameters: &Parameters) -> Result<Self> {
+        let moments = parameters
+            .iter()
+            .map(|p| {
+                Ok(Moments {
+                    m: p.var.zeros_like()?,
+                    v: p.var.zeros_like()?,
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self::with_moments(config, moments))
+    }
+
+    /// Goes on from saved moments, in the order of the parameters.
+    pub fn with_moments(config: &Optimizer, moments: Vec<Moments>) -> Self {
+        Self {
+            config: config.clone(),
+            moments,
+        }
+    }
+
+    pub fn moments(&self) -> &[Moments] {
+        &self.moments
+    }
+
+    /// Clipping coefficient for a gradient norm: `min(1, grad_clip / norm)`.
+    pub fn clip_coefficient(&self, grad_norm: f64) -> f64 {
+        (self.config.grad_clip / grad_norm).min(1.0)
+    }
+
+    /// Update number `t`, counted from 1, of every weight:
+    /// m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
+    /// w -= lr (m' / (sqrt(v') + eps) + weight_decay w), m' and v' bias-corrected.
+    pub fn step(
+        &mut self,
+        parameters: &Parameters,
+        gradients: &[Tensor],
+        scale: UpdateScale,
+        t: u64,
+    ) -> Result<()> {
+        for ((parameter, gradient), moments) in
+            parameters.iter().zip(gradients).zip(&mut self.moments)
+        {
+            let update = Update::new(&self.config, parameter, scale, t);
+            if parameter.var.device().is_cpu() {
+                update.in_place(parameter, gradient, moments)?;
+            } else {
+                update.composed(parameter, gradient, moments)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// sqrt of the sum of squares of all gradients; infinite when a square overflows f32, so that an
+/// explosion of that size is an anomaly rather than something to clip.
+pub fn grad_norm(gradients: &[Tensor]) -> Result<f64> {
+    let mut total = 0f64;
+    for gradient in gradients {
+        total += match gradient.device().is_cpu() {
+            true => sum_of_squares(gradient)?,
+            false => gradient.sqr()?.sum_all()?.to_scalar::<f32>()? as f64,
+        };
+    }
+    Ok(total.sqrt())
+}
+
+/// In blocks of fixed size, so that the sum does not depend on the thread count.
+fn sum_of_squares(gradient: &Tensor) -> Result<f64> {
+    let gradient = gradient.contiguous()?;
+    let (storage, layout) = gradient.storage_and_layout();
+    let candle_core::Storage::Cpu(storage) = &*storage else {
+        unreachable!("the caller asked for the device");
+    };
+    let start = layout.start_offset();
+    let values = &storage.as_slice::<f32>()?[start..start + layout.shape().elem_count()];
+    let blocks: Vec<f64> = values
+        .par_chunks(BLOCK)
+        .map(|block| pulp::Arch::new().dispatch(|| block.iter().map(|g| (g * g) as f64).sum()))
+        .collect();
+    Ok(blocks.iter().sum())
+}
+
+/// The coefficients of one weight's update.
+#[derive(Clone, Copy)]
+struct Update {
+    gradient: f64,
+    beta1: f64,
+    beta2: f64,
+    lr: f64,
+    eps: f64,
+    weight_decay: f64,
+    correction1: f64,
+    correction2: f64,
+}
+
+impl Update {
+    fn new(config: &Optimizer, parameter: &Parameter, scale: UpdateScale, t: u64) -> Self {
+        let t = t as f64;
+        Self {
+            gradient: scale.gradient,
+            beta1: config.beta1,
+            beta2: config.beta2,
+            lr: scale.lr,
+            eps: config.eps,
+            weight_decay: match parameter.decay {
+                true => scale.weight_decay,
+                false => 0.0,
+            },
+            correction1: 1.0 / (1.0 - config.beta1.powf(t)),
+            correction2: 1.0 / (1.0 - config.beta2.powf(t)),
+        }
+    }
+
+    /// In candle primitives, for devices without a kernel of their own.
+    fn composed(
+        &self,
+        parameter: &Parameter,
+        gradient: &Tensor,
+        moments: &mut Moments,
+    ) -> Result<()> {
+        let g = (gradient * self.gradient)?;
+        moments.m = ((&moments.m * self.beta1)? + (&g * (1.0 - self.beta1))?)?;
+        moments.v = ((&moments.v * self.beta2)? + (g.sqr()? * (1.0 - self.beta2))?)?;
+        let m = (&moments.m * self.correction1)?;
+        let v = (&moments.v * self.correction2)?;
+        let step = m.div(&(v.sqrt()? + self.eps)?)?;
+        let w = parameter.var.as_detached_tensor();
+        let decayed = (&w * (1.0 - self.lr * self.weight_decay))?;
+        Ok(parameter.var.set(&(decayed - (step * self.lr)?)?)?)
+    }
+
+    /// One threaded pass each over m, v and w, where they are.
+    fn in_place(&self, parameter: &Parameter, gradient: &Tensor, moments: &Moments) -> Result<()> {
+        let gradient = gradient.contiguous()?;
+        let mean = MovingMean {
+            keep: self.beta1 as f32,
+            add: ((1.0 - self.beta1) * self.gradient) as f32,
+        };
+        let square = MovingSquare {
+            keep: self.beta2 as f32,
+            add: (1.0 - self.beta2) as f32,
+            gradient: self.gradient as f32,
+        };
+        moments.m.inplace_op2(&gradient, &mean)?;
+        moments.v.inplace_op2(&gradient, &square)?;
+        Ok(parameter.var.inplace_op3(&moments.m, &moments.v, self)?)
+    }
+}
+
+fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => bail!("optimizer update on a non-contiguous tensor"),
+    }
+}
+
+fn values_mut<'a>(
+    storage: &'a mut CpuStorage,
+    layout: &Layout,
+) -> candle_core::Result<&'a mut [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(values), Some((start, end))) => Ok(&mut values[start..end]),
+        _ => bail!("optimizer update on a tensor that is not contiguous f32"),
+    }
+}
+
+/// Runs `update(dst, src)` over both, threaded and vectorised.
+fn for_each_pair(dst: &mut [f32], src: &[f32], update: impl Fn(&mut f32, f32) + Sync) {
+    dst.par_chunks_mut(BLOCK)
+        .zip(src.par_chunks(BLOCK))
+        .for_each(|(dst, src)| {
+            pulp::Arch::new().dispatch(|| {
+                for (d, s) in dst.iter_mut().zip(src) {
+                    update(d, *s);
+                }
+            })
+        });
+}
+
+struct MovingMean {
+    keep: f32,
+    add: f32,
+}
+
+impl InplaceOp2 for MovingMean {
+    fn name(&self) -> &'static str {
+        "adamw_m"
+    }
+
+    fn cpu_fwd(
+        &self,
+        m: &mut CpuStorage,
+        m_layout: &Layout,
+        gradient: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let (m, gradient) = (values_mut(m, m_layout)?, values(gradient, layout)?);
+        for_each_pair(m, gradient, |m, g| *m = self.keep * *m + self.add * g);
+        Ok(())
+    }
+}
+
+struct MovingSquare {
+    keep: f32,
+    add: f32,
+    gradient: f32,
+}
+
+impl InplaceOp2 for MovingSquare {
+    fn name(&self) -> &'static str {
+        "adamw_v"
+    }
+
+    fn cpu_fwd(
+        &self,
+        v: &mut CpuStorage,
+        v_layout: &Layout,
+        gradient: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let (v, gradient) = (values_mut(v, v_layout)?, values(gradient, layout)?);
+        for_each_pair(v, gradient, |v, g| {
+            let g = self.gradient * g;
+            *v = self.keep * *v + self.add * g * g;
+        });
+        Ok(())
+    }
+}
+
+impl InplaceOp3 for Update {
+    fn name(&self) -> &'static str {
+        "adamw_w"
+    }
+
+    fn cpu_fwd(
+        &self,
+        w: &mut CpuStorage,
+        w_layout: &Layout,
+        m: &CpuStorage,
+        m_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let w = values_mut(w, w_layout)?;
+        let (m, v) = (values(m, m_layout)?, values(v, v_layout)?);
+        let keep = (1.0 - self.lr * self.weight_decay) as f32;
+        let (lr, eps) = (self.lr as f32, self.eps as f32);
+        let (correction1, correction2) = (self.correction1 as f32, self.correction2 as f32);
+        w.par_chunks_mut(BLOCK)
+            .zip(m.par_chunks(BLOCK))
+            .zip(v.par_chunks(BLOCK))
+            .for_each(|((w, m), v)| {
+                pulp::Arch::new().dispatch(|| {
+                    for ((w, m), v) in w.iter_mut().zip(m).zip(v) {
+                        let step = m * correction1 / ((v * correction2).sqrt() + eps);
+                        *w = keep * *w - lr * step;
+                    }
+                })
+            });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+
+    /// Two steps of AdamW on two numbers in f64, as the paper writes it.
+    #[test]
+    fn both_forms_follow_the_paper() {
+        let config = Optimizer::default();
+        let gradients = [[0.5f64, -2.0], [-0.25, 1.0]];
+        let scale = UpdateScale {
+            gradient: 0.5,
+            lr: 0.01,
+            weight_decay: 0.1,
+        };
+        let (mut w, mut m, mut v) = ([1.0f64, -3.0], [0f64; 2], [0f64; 2]);
+        let start = Tensor::new(&[1f32, -3.0], &Device::Cpu).unwrap();
+        let pair: Vec<(Parameter, Moments)> = (0..2)
+            .map(|_| {
+                let parameter = Parameter {
+                    name: "w".into(),
+                    var: Var::from_tensor(&start).unwrap(),
+                    decay: true,
+                };
+                let zeros = || start.zeros_like().unwrap();
+                (
+                    parameter,
+                    Moments {
+                        m: zeros(),
+                        v: zeros(),
+                    },
+                )
+            })
+            .collect();
+        let [(fused, fused_moments), (composed, mut composed_moments)] =
+            <[_; 2]>::try_from(pair).unwrap_or_else(|_| unreachable!());
+        for (t, gradient) in gradients.iter().enumerate() {
+            let t = t as u64 + 1;
+            for i in 0..2 {
+                let g = gradient[i] * 0.5;
+                m[i] = 0.9 * m[i] + 0.1 * g;
+                v[i] = 0.95 * v[i] + 0.05 * g * g;
+                let m_hat = m[i] / (1.0 - 0.9f64.powi(t as i32));
+                let v_hat = v[i] / (1.0 - 0.95f64.powi(t as i32));
+                w[i] -= 0.01 * (m_hat / (v_hat.sqrt() + 1e-8) + 0.1 * w[i]);
+            }
+            let gradient = Tensor::new(&gradient.map(|g| g as f32), &Device::Cpu).unwrap();
+            let update = Update::new(&config, &fused, scale, t);
+            update.in_place(&fused, &gradient, &fused_moments).unwrap();
+            update
+                .composed(&composed, &gradient, &mut composed_moments)
+                .unwrap();
+        }
+        for parameter in [&fused, &composed] {
+            let got = parameter.var.to_vec1::<f32>().unwrap();
+            for i in 0..2 {
+                assert!((got[i] as f64 - w[i]).abs() < 1e-6, "{got:?} against {w:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn norm_is_global_and_overflows_to_infinity() {
+        let tensor = |x: &[f32]| Tensor::new(x, &Device::Cpu).unwrap();
+        let norm = grad_norm(&[tensor(&[3.0, 0.0]), tensor(&[4.0])]).unwrap();
+        assert_eq!(norm, 5.0);
+        assert!(grad_norm(&[tensor(&[1e30])]).unwrap().is_infinite());
+        assert!(grad_norm(&[tensor(&[1.0, f32::NAN])]).unwrap().is_nan());
+    }
+}

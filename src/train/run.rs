@@ -1,0 +1,294 @@
+//! A whole training run: steps, validation, samples, checkpoints and records in a run directory.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use serde_json::json;
+
+use super::checkpoint::{self, CheckpointDir};
+use super::gpu_stats::GpuMonitor;
+use super::metrics::{Metrics, StepRecord, truncate_after_checkpoint};
+use super::sample::Sampler;
+use super::trainer::{StepOutcome, Trainer};
+use crate::config::Config;
+use crate::error::IoContext;
+use crate::{Error, Result};
+
+/// Where a run lives and how it starts and ends.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// The run directory: `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`.
+    pub out: PathBuf,
+    /// Go on from a checkpoint instead of starting anew.
+    pub resume: Option<Resume>,
+    /// Stop once this many updates are applied, whatever `train.steps` plans.
+    pub max_steps: Option<u64>,
+}
+
+#[derive(Clone, Debug)]
+pub enum Resume {
+    /// The newest whole checkpoint of the run directory.
+    Latest,
+    /// A checkpoint directory, or the pointer `latest` or `best` beside it.
+    Path(PathBuf),
+}
+
+/// What a run tells while it goes, and how it is asked to stop.
+pub trait Observer {
+    /// The model, the data and the place to start from are known.
+    fn started(&mut self, trainer: &Trainer, device: &Device);
+    fn step(&mut self, record: &StepRecord, planned_steps: u64);
+    fn validated(&mut self, step: u64, loss: f64);
+    fn sampled(&mut self, step: u64, text: &str);
+    /// Asked before every step: whether to save and stop.
+    fn should_stop(&self) -> bool;
+}
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    pub step: u64,
+    pub tokens: u64,
+    /// It was asked to stop before its last step.
+    pub interrupted: bool,
+    /// Validation loss in nats, at the end.
+    pub val_loss: Option<f64>,
+    pub sample: Option<String>,
+    pub checkpoint: PathBuf,
+}
+
+/// Trains as `config` says.
+///
+/// # Errors
+/// A run directory that holds another run; nothing to resume from; what [`Trainer`] refuses.
+pub fn run(
+    config: &Config,
+    options: &RunOptions,
+    device: &Device,
+    observer: &mut dyn Observer,
+) -> Result<Summary> {
+    let out = &options.out;
+    let mut trainer = match &options.resume {
+        Some(from) => resume(config, out, device, from)?,
+        None => {
+            refuse_used_directory(out)?;
+            Trainer::new(config, out, device)?
+        }
+    };
+    std::fs::create_dir_all(out).at("create", out)?;
+    let config_path = out.join("config.yaml");
+    std::fs::write(&config_path, config.to_yaml()?).at("write", &config_path)?;
+    let gpu = match device {
+        Device::Cuda(_) => GpuMonitor::new(gpu_index(device)),
+        _ => None,
+    };
+    let metrics = Metrics::open(out, config.logging.tensorboard, gpu)?;
+    observer.started(&trainer, device);
+    let sampler = match &config.data.tokenizer {
+        Some(path) if path.is_file() && !config.eval.sample_prompt.is_empty() => {
+            Some(Sampler::new(path, &config.eval)?)
+        }
+        _ => None,
+    };
+    Session {
+        config,
+        metrics,
+        sampler,
+        observer,
+        saved: None,
+    }
+    .train(&mut trainer, options)
+}
+
+fn gpu_index(device: &Device) -> u32 {
+    match device.location() {
+        candle_core::DeviceLocation::Cuda { gpu_id } => gpu_id as u32,
+        _ => 0,
+    }
+}
+
+fn refuse_used_directory(out: &Path) -> Result<()> {
+    if CheckpointDir::new(out).list()?.is_empty() && !out.join("metrics.jsonl").exists() {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "{} already holds a run: go on with --resume latest, or choose another --out",
+        out.display()
+    )))
+}
+
+fn resume(config: &Config, out: &Path, device: &Device, from: &Resume) -> Result<Trainer> {
+    let (dir, state) = match from {
+        Resume::Path(path) => {
+            let dir = checkpoint::resolve(path)?;
+            let state = checkpoint::verify(&dir)?;
+            (dir, state)
+        }
+        Resume::Latest => CheckpointDir::new(out)
+            .newest_valid(|_| true)?
+            .ok_or_else(|| {
+                Error::usage(format!(
+                    "no whole checkpoint in {}: nothing to resume, start without --resume",
+                    out.join("checkpoints").display()
+                ))
+            })?,
+    };
+    warn_of_changes(config, &state.config)?;
+    tracing::info!("resuming from {}", dir.display());
+    let step = state.step;
+    let trainer = Trainer::resume(config, out, device, &dir, state)?;
+    // What the killed run did after this checkpoint happens again.
+    CheckpointDir::new(out).discard_after(step)?;
+    truncate_after_checkpoint(out, step)?;
+    Ok(trainer)
+}
+
+/// A resumed run repeats the original bit by bit only with the same settings.
+fn warn_of_changes(now: &Config, then: &Config) -> Result<()> {
+    let tree = |config| serde_json::to_value(config).map_err(Error::training);
+    let (now, then) = (tree(now)?, tree(then)?);
+    for section in ["train", "data", "optimizer", "schedule", "stability"] {
+        for (key, value) in now[section].as_object().into_iter().flatten() {
+            let before = &then[section][key];
+            if value != before {
+                tracing::warn!("{section}.{key} was {before} in the checkpoint and is {value} now");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The loop's companions.
+struct Session<'a> {
+    config: &'a Config,
+    metrics: Metrics,
+    sampler: Option<Sampler>,
+    observer: &'a mut dyn Observer,
+    /// Step and path of the newest checkpoint of this session.
+    saved: Option<(u64, PathBuf)>,
+}
+
+impl Session<'_> {
+    fn train(mut self, trainer: &mut Trainer, options: &RunOptions) -> Result<Summary> {
+        let planned = self.config.train.steps;
+        let end = options.max_steps.map_or(planned, |max| max.min(planned));
+        self.metrics.restart_from(trainer.step_count())?;
+        while trainer.step_count() < end && !self.observer.should_stop() {
+            if !self.step(trainer)? {
+                continue;
+            }
+            let step = trainer.step_count();
+            let due = |every: u64| every > 0 && step.is_multiple_of(every);
+            if due(self.config.eval.every) && step < end {
+                self.validate(trainer)?;
+                self.sample(trainer)?;
+            }
+            if due(self.config.checkpoint.every) && step < end {
+                self.save(trainer)?;
+            }
+        }
+        let interrupted = trainer.step_count() < end;
+        let (val_loss, sample) = match interrupted {
+            true => (None, None),
+            false => (self.validate(trainer)?, self.sample(trainer)?),
+        };
+        let checkpoint = match self.saved.take() {
+            Some((step, path)) if step == trainer.step_count() => path,
+            _ => self.save(trainer)?,
+        };
+        self.metrics.flush()?;
+        Ok(Summary {
+            step: trainer.step_count(),
+            tokens: trainer.tokens(),
+            interrupted,
+            val_loss,
+            sample,
+            checkpoint,
+        })
+    }
+
+    /// One step and its record; false after a rollback.
+    fn step(&mut self, trainer: &mut Trainer) -> Result<bool> {
+        match trainer.step()? {
+            StepOutcome::Applied {
+                loss,
+                lr,
+                weight_decay,
+                grad_norm,
+                seconds,
+            } => {
+                let tokens_per_s = self.config.tokens_per_step() as f64 / seconds;
+                let record = StepRecord {
+                    step: trainer.step_count(),
+                    tokens: trainer.tokens(),
+                    loss,
+                    lr,
+                    wd: weight_decay,
+                    grad_norm,
+                    tokens_per_s,
+                    mfu: trainer.mfu(tokens_per_s),
+                    step_ms: seconds * 1e3,
+                    gpu: self.metrics.gpu_stats(),
+                };
+                self.metrics.step(&record)?;
+                self.observer.step(&record, self.config.train.steps);
+                Ok(true)
+            }
+            StepOutcome::RolledBack {
+                anomaly,
+                failed_step,
+                step,
+                skipped,
+                lr_scale,
+            } => {
+                tracing::warn!(
+                    "step {failed_step}: {anomaly}; back to step {step}, samples {}..{} skipped, \
+                     learning rate x {lr_scale}",
+                    skipped.start,
+                    skipped.end
+                );
+                let details = json!({
+                    "reason": anomaly.to_string(),
+                    "back_to_step": step,
+                    "skipped_samples": [skipped.start, skipped.end],
+                    "lr_scale": lr_scale,
+                });
+                self.metrics.event(failed_step, "rollback", details)?;
+                self.metrics.event(step, "checkpoint", json!({}))?;
+                self.metrics.restart_from(step)?;
+                self.saved = None;
+                Ok(false)
+            }
+        }
+    }
+
+    fn validate(&mut self, trainer: &mut Trainer) -> Result<Option<f64>> {
+        let loss = trainer.validate()?;
+        if let Some(loss) = loss {
+            self.metrics.validation(trainer.step_count(), loss)?;
+            self.observer.validated(trainer.step_count(), loss);
+        }
+        Ok(loss)
+    }
+
+    fn sample(&mut self, trainer: &Trainer) -> Result<Option<String>> {
+        let Some(sampler) = &self.sampler else {
+            return Ok(None);
+        };
+        let model = trainer.model().for_inference();
+        let text = sampler.text(&model, self.config.train.seed)?;
+        self.metrics.sample(trainer.step_count(), &text)?;
+        self.observer.sampled(trainer.step_count(), &text);
+        Ok(Some(text))
+    }
+
+    fn save(&mut self, trainer: &mut Trainer) -> Result<PathBuf> {
+        let path = trainer.save()?;
+        let step = trainer.step_count();
+        self.metrics
+            .event(step, "checkpoint", json!({ "path": path }))?;
+        self.metrics.flush()?;
+        self.saved = Some((step, path.clone()));
+        Ok(path)
+    }
+}

@@ -1,0 +1,113 @@
+//! Text samples during training: enough to see what a model has learnt. Every token runs the
+//! whole sequence through the model.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+use tokenizers::Tokenizer;
+
+use crate::config::Eval;
+use crate::model::BitNetTransformer;
+use crate::{Error, Result};
+
+/// Continues a prompt.
+pub struct Sampler {
+    tokenizer: Tokenizer,
+    path: PathBuf,
+    config: Eval,
+}
+
+impl Sampler {
+    /// # Errors
+    /// A tokenizer file that cannot be read.
+    pub fn new(tokenizer: &Path, config: &Eval) -> Result<Self> {
+        Ok(Self {
+            tokenizer: Tokenizer::from_file(tokenizer)
+                .map_err(|e| Error::format(tokenizer, format!("not a readable tokenizer ({e})")))?,
+            path: tokenizer.to_path_buf(),
+            config: config.clone(),
+        })
+    }
+
+    /// The prompt and its continuation; the same text from the same model and seed.
+    pub fn text(&self, model: &BitNetTransformer, seed: u64) -> Result<String> {
+        let failed = |e: tokenizers::Error| Error::format(&self.path, e);
+        let prompt = self.config.sample_prompt.as_str();
+        let encoding = self.tokenizer.encode(prompt, false).map_err(failed)?;
+        let mut ids = encoding.get_ids().to_vec();
+        let vocab = model.config().vocab_size;
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
+            return Err(Error::format(
+                &self.path,
+                format!("id {id} is outside the model's vocabulary of {vocab}"),
+            ));
+        }
+        let mut uniform = fastrand(seed);
+        for _ in 0..self.config.sample_tokens {
+            let context = &ids[ids.len().saturating_sub(model.config().max_seq_len)..];
+            if context.is_empty() {
+                break;
+            }
+            let input = Tensor::new(context, model.device())?.unsqueeze(0)?;
+            let logits = model.forward(&input, None)?.logits;
+            let last = logits
+                .squeeze(0)?
+                .get(context.len() - 1)?
+                .to_vec1::<f32>()?;
+            ids.push(draw(&last, self.config.sample_temperature, uniform()));
+        }
+        self.tokenizer.decode(&ids, true).map_err(failed)
+    }
+}
+
+/// Uniform numbers in [0, 1) from a linear congruential generator (Knuth's MMIX constants):
+/// plenty for picking a few words.
+fn fastrand(seed: u64) -> impl FnMut() -> f64 {
+    let mut state = seed ^ 0x9e37_79b9_7f4a_7c15;
+    move || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+/// The token at which the cumulative softmax(logits / temperature) passes `uniform`; the likeliest
+/// one at temperature 0.
+fn draw(logits: &[f32], temperature: f64, uniform: f64) -> u32 {
+    let likeliest = (0..logits.len())
+        .max_by(|a, b| logits[*a].total_cmp(&logits[*b]))
+        .unwrap_or(0);
+    if temperature == 0.0 {
+        return likeliest as u32;
+    }
+    let largest = logits[likeliest] as f64;
+    let weight = |logit: f32| ((logit as f64 - largest) / temperature).exp();
+    let mut left = uniform * logits.iter().map(|l| weight(*l)).sum::<f64>();
+    for (id, logit) in logits.iter().enumerate() {
+        left -= weight(*logit);
+        if left < 0.0 {
+            return id as u32;
+        }
+    }
+    likeliest as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_drawn_by_their_probability() {
+        let logits = [0.0, 3f32.ln(), f32::NEG_INFINITY];
+        assert_eq!(draw(&logits, 0.0, 0.9), 1);
+        assert_eq!(draw(&logits, 1.0, 0.24), 0);
+        assert_eq!(draw(&logits, 1.0, 0.26), 1);
+        // At half the temperature the odds are 1 to 9.
+        assert_eq!(draw(&logits, 0.5, 0.09), 0);
+        assert_eq!(draw(&logits, 0.5, 0.11), 1);
+        let mut uniform = fastrand(1);
+        let mean = (0..1000).map(|_| uniform()).sum::<f64>() / 1000.0;
+        assert!((mean - 0.5).abs() < 0.05);
+    }
+}

@@ -1,0 +1,387 @@
+//! One model in training: takes steps, judges them, rolls back, saves and resumes.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{Device, Tensor};
+
+use super::checkpoint::{self, CheckpointDir, Progress, State};
+use super::optimizer::{AdamW, UpdateScale, grad_norm};
+use super::schedule::LrSchedule;
+use super::stability::{Anomaly, Monitor, StabilityState};
+use crate::config::Config;
+use crate::data::{Batch, Loader, Mixture, TokenSet};
+use crate::model::BitNetTransformer;
+use crate::{Error, Result, device};
+
+/// What became of a step.
+#[derive(Clone, Debug)]
+pub enum StepOutcome {
+    /// The update was applied.
+    Applied {
+        loss: f64,
+        lr: f64,
+        weight_decay: f64,
+        grad_norm: f64,
+        seconds: f64,
+    },
+    /// The update was refused and the run went back.
+    RolledBack {
+        anomaly: Anomaly,
+        /// The step that failed, counted from 1.
+        failed_step: u64,
+        /// Updates applied in the state gone back to.
+        step: u64,
+        /// Samples never to be seen again.
+        skipped: std::ops::Range<u64>,
+        /// Factor on the learning rate from here.
+        lr_scale: f64,
+    },
+}
+
+/// A model, its optimizer and its place in the data.
+pub struct Trainer {
+    config: Config,
+    device: Device,
+    model: BitNetTransformer,
+    optimizer: AdamW,
+    schedule: LrSchedule,
+    monitor: Monitor,
+    loader: Loader,
+    validation: Option<TokenSet>,
+    checkpoints: CheckpointDir,
+    peak_flops: Option<f64>,
+    step: u64,
+    tokens: u64,
+    loss: Option<f64>,
+    val_loss: Option<f64>,
+    best_val_loss: Option<f64>,
+}
+
+impl Trainer {
+    /// A new run in `run_dir`, which holds nothing yet.
+    pub fn new(config: &Config, run_dir: &Path, device: &Device) -> Result<Self> {
+        let model = BitNetTransformer::new(&config.model, config.train.seed, device)?;
+        let optimizer = AdamW::new(&config.optimizer, model.parameters())?;
+        Self::assemble(config, run_dir, model, optimizer)
+    }
+
+    /// Goes on from the checkpoint in `dir`, whose verified state is `state`, as `config` says.
+    pub fn resume(
+        config: &Config,
+        run_dir: &Path,
+        device: &Device,
+        dir: &Path,
+        state: State,
+    ) -> Result<Self> {
+        let model = checkpoint::load_model(dir, config, device)?;
+        let optimizer = checkpoint::load_optimizer(dir, config, model.parameters())?;
+        let mut trainer = Self::assemble(config, run_dir, model, optimizer)?;
+        trainer.adopt(state)?;
+        Ok(trainer)
+    }
+
+    fn assemble(
+        config: &Config,
+        run_dir: &Path,
+        model: BitNetTransformer,
+        optimizer: AdamW,
+    ) -> Result<Self> {
+        let vocab_size = config.model.vocab_size as u32;
+        let sets = config
+            .data
+            .train
+            .iter()
+            .map(|source| {
+                Ok((
+                    TokenSet::open(&[&source.path], config.data.dtype)?,
+                    source.weight,
+                ))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let seq_len = config.train.seq_len;
+        let mixture = Mixture::new(sets, seq_len, vocab_size, config.train.seed)?;
+        let validation = config
+            .data
+            .val
+            .as_ref()
+            .map(|path| {
+                let set = TokenSet::open(&[path], config.data.dtype)?;
+                set.check_vocab(vocab_size)?;
+                set.windows(seq_len)?;
+                Ok::<_, Error>(set)
+            })
+            .transpose()?;
+        let device = model.device().clone();
+        let peak_flops = config
+            .hardware
+            .peak_tflops
+            .or_else(|| device::peak_bf16_tflops(&device))
+            .map(|tflops| tflops * 1e12);
+        Ok(Self {
+            loader: Loader::new(Arc::new(mixture), 0, config.train.micro_batch)?,
+            schedule: LrSchedule::new(config),
+            monitor: Monitor::new(config.stability.clone(), StabilityState::default()),
+            checkpoints: CheckpointDir::new(run_dir),
+            config: config.clone(),
+            device,
+            model,
+            optimizer,
+            validation,
+            peak_flops,
+            step: 0,
+            tokens: 0,
+            loss: None,
+            val_loss: None,
+            best_val_loss: None,
+        })
+    }
+
+    fn adopt(&mut self, state: State) -> Result<()> {
+        self.step = state.step;
+        self.tokens = state.tokens;
+        self.loss = state.loss;
+        self.val_loss = state.val_loss;
+        self.best_val_loss = state.best_val_loss;
+        self.monitor.state = state.stability;
+        self.loader.seek(state.position)
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub fn model(&self) -> &BitNetTransformer {
+        &self.model
+    }
+
+    /// Updates applied so far.
+    pub fn step_count(&self) -> u64 {
+        self.step
+    }
+
+    /// Tokens those updates have seen.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// Model FLOPs utilisation at a rate of tokens per second; unknown without a known peak.
+    pub fn mfu(&self, tokens_per_s: f64) -> Option<f64> {
+        let per_token = self
+            .config
+            .model
+            .train_flops_per_token(self.config.train.seq_len);
+        self.peak_flops.map(|peak| per_token * tokens_per_s / peak)
+    }
+
+    /// Takes one step: forward and backward of every micro-batch, then either the update or,
+    /// when the loss or the gradient is out of order, a rollback.
+    ///
+    /// # Errors
+    /// Unreadable data; more rollbacks than `stability.max_rollbacks`.
+    pub fn step(&mut self) -> Result<StepOutcome> {
+        let started = Instant::now();
+        if self.schedule.jumps_at(self.step) {
+            self.monitor.restart_ema();
+        }
+        let samples = self.config.samples_per_step();
+        let start = self.loader.position();
+        let allowed = self.monitor.state.next_position(start, samples);
+        if allowed != start {
+            self.loader.seek(allowed)?;
+        }
+        let window = allowed..allowed + samples;
+
+        let (loss, gradients) = self.forward_backward()?;
+        let norm = grad_norm(&gradients)?;
+        if let Err(anomaly) = self.monitor.observe(loss, norm) {
+            return self.roll_back(anomaly, window);
+        }
+        let lr = self.schedule.lr(self.step) * self.monitor.lr_scale(self.step);
+        let weight_decay = self.schedule.weight_decay(self.step);
+        let scale = UpdateScale {
+            gradient: self.optimizer.clip_coefficient(norm),
+            lr,
+            weight_decay,
+        };
+        self.optimizer
+            .step(self.model.parameters(), &gradients, scale, self.step + 1)?;
+        self.step += 1;
+        self.tokens += self.config.tokens_per_step();
+        self.loss = Some(loss);
+        self.device.synchronize()?;
+        Ok(StepOutcome::Applied {
+            loss,
+            lr,
+            weight_decay,
+            grad_norm: norm,
+            seconds: started.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// Mean loss over the micro-batches and the gradient of that mean, by parameter.
+    fn forward_backward(&mut self) -> Result<(f64, Vec<Tensor>)> {
+        let accum = self.config.train.grad_accum;
+        let mut loss = 0f64;
+        let mut gradients: Vec<Tensor> = Vec::new();
+        for _ in 0..accum {
+            let (ids, labels) = to_tensors(&self.loader.next()?, &self.device)?;
+            let micro_loss = self.model.loss(&ids, &labels)?;
+            loss += micro_loss.to_scalar::<f32>()? as f64 / accum as f64;
+            let mut store = (micro_loss * (1.0 / accum as f64))?.backward()?;
+            let parameters = self.model.parameters();
+            if gradients.is_empty() {
+                gradients.reserve(parameters.iter().len());
+                for parameter in parameters.iter() {
+                    let gradient = store.remove(&parameter.var).ok_or_else(|| {
+                        Error::training(format!("no gradient reached {}", parameter.name))
+                    })?;
+                    gradients.push(gradient);
+                }
+            } else {
+                for (parameter, sum) in parameters.iter().zip(&mut gradients) {
+                    if let Some(gradient) = store.remove(&parameter.var) {
+                        *sum = (&*sum + gradient)?;
+                    }
+                }
+            }
+        }
+        Ok((loss, gradients))
+    }
+
+    /// Back to the last stable checkpoint, or to the initial weights when there is none yet.
+    fn roll_back(&mut self, anomaly: Anomaly, window: std::ops::Range<u64>) -> Result<StepOutcome> {
+        let failed_step = self.step;
+        if !self.monitor.may_roll_back() {
+            return Err(Error::training(format!(
+                "step {}: {anomaly}, after {} rollbacks (stability.max_rollbacks); lower \
+                 optimizer.lr, check the data, and go on with --resume latest",
+                failed_step + 1,
+                self.monitor.state.rollbacks
+            )));
+        }
+        let stable = self
+            .checkpoints
+            .newest_valid(|saved| self.monitor.is_stable(saved, failed_step))?;
+        let recovered = |restored: StabilityState, step| {
+            self.monitor
+                .after_rollback(restored, step, failed_step, window.clone())
+        };
+        // Later checkpoints go before the state is rewritten, so that a run killed in between
+        // repeats this rollback.
+        match stable {
+            Some((dir, mut state)) => {
+                state.stability = recovered(state.stability, state.step);
+                self.checkpoints.discard_after(state.step)?;
+                self.checkpoints.rewrite_state(&dir, &mut state)?;
+                self.model = checkpoint::load_model(&dir, &self.config, &self.device)?;
+                self.optimizer =
+                    checkpoint::load_optimizer(&dir, &self.config, self.model.parameters())?;
+                self.adopt(state)?;
+            }
+            None => {
+                self.monitor.state = recovered(StabilityState::default(), 0);
+                self.checkpoints.discard_after(0)?;
+                let seed = self.config.train.seed;
+                self.model = BitNetTransformer::new(&self.config.model, seed, &self.device)?;
+                self.optimizer = AdamW::new(&self.config.optimizer, self.model.parameters())?;
+                self.step = 0;
+                self.tokens = 0;
+                self.loss = None;
+                self.val_loss = None;
+                self.best_val_loss = None;
+                self.loader.seek(0)?;
+                self.save()?;
+            }
+        }
+        Ok(StepOutcome::RolledBack {
+            anomaly,
+            failed_step: failed_step + 1,
+            step: self.step,
+            skipped: window,
+            lr_scale: self.monitor.lr_scale(self.step),
+        })
+    }
+
+    /// Mean loss over the first `eval.batches` micro-batches of the held-out data; `None`
+    /// without such data.
+    pub fn validate(&mut self) -> Result<Option<f64>> {
+        let Some(validation) = &self.validation else {
+            return Ok(None);
+        };
+        let model = self.model.for_inference();
+        let batches = validation.sequential_batches(
+            self.config.train.seq_len,
+            self.config.train.micro_batch,
+            self.config.eval.batches,
+            self.config.model.vocab_size as u32,
+        )?;
+        let (mut sum, mut rows) = (0f64, 0usize);
+        for batch in batches {
+            let batch = batch?;
+            let (ids, labels) = to_tensors(&batch, &self.device)?;
+            sum += model.loss(&ids, &labels)?.to_scalar::<f32>()? as f64 * batch.rows as f64;
+            rows += batch.rows;
+        }
+        let loss = sum / rows as f64;
+        if loss.is_finite() {
+            self.val_loss = Some(loss);
+        }
+        Ok(Some(loss))
+    }
+
+    /// Writes a checkpoint, points `latest` and, when its validation loss is the lowest so far,
+    /// `best` at it, and deletes those no longer kept.
+    pub fn save(&mut self) -> Result<PathBuf> {
+        let is_best = match (self.val_loss, self.best_val_loss) {
+            (Some(loss), Some(best)) => loss < best,
+            (Some(_), None) => true,
+            _ => false,
+        };
+        if is_best {
+            self.best_val_loss = self.val_loss;
+        }
+        let progress = Progress {
+            step: self.step,
+            tokens: self.tokens,
+            position: self.loader.position(),
+            loss: self.loss,
+            val_loss: self.val_loss,
+            best_val_loss: self.best_val_loss,
+            stability: self.monitor.state.clone(),
+        };
+        let path = self
+            .checkpoints
+            .save(progress, &self.config, &self.model, &self.optimizer)?;
+        if is_best {
+            self.checkpoints.point("best", &path)?;
+        }
+        let kept = &self.config.checkpoint;
+        let newest_stable = self.newest_stable_step()?;
+        self.checkpoints
+            .prune(kept.keep_last, kept.keep_every, |step| {
+                Some(step) == newest_stable
+            })?;
+        Ok(path)
+    }
+
+    /// The checkpoint that a rollback would go back to now.
+    fn newest_stable_step(&self) -> Result<Option<u64>> {
+        let all = self.checkpoints.list()?;
+        let stable = all
+            .iter()
+            .rev()
+            .find(|(step, _)| self.monitor.is_stable(*step, self.step));
+        Ok(stable.map(|(step, _)| *step))
+    }
+}
+
+/// ids and labels (rows, seq_len) u32 on `device`.
+fn to_tensors(batch: &Batch, device: &Device) -> Result<(Tensor, Tensor)> {
+    let shape = (batch.rows, batch.seq_len);
+    Ok((
+        Tensor::from_slice(&batch.inputs, shape, device)?,
+        Tensor::from_slice(&batch.targets, shape, device)?,
+    ))
+}
