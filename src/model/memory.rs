@@ -1,10 +1,34 @@
-//! How much GPU memory training takes, from the shape alone.
+//! How many bytes a model takes, stored and in training, from the shape alone.
 
 use std::iter::Sum;
 
 use serde::Serialize;
 
 use super::{Activation, BitNetConfig};
+use crate::quant::packing::VALUES_PER_WORD;
+
+/// Bytes of a model's weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct ModelBytes {
+    /// Projections as 2-bit codes in whole words a row and one f32 scale each, the rest in bf16.
+    pub packed: u64,
+    /// Everything in bf16.
+    pub bf16: u64,
+}
+
+impl ModelBytes {
+    pub fn of(config: &BitNetConfig) -> Self {
+        let words = |cols: usize| cols.div_ceil(VALUES_PER_WORD);
+        let projections = config.projections();
+        let layer = projections.map(|p| 4 * (p.rows * words(p.cols) + 1));
+        let ternary = config.layers * layer.iter().sum::<usize>();
+        let parameters = config.parameter_count();
+        Self {
+            packed: (ternary + 2 * parameters.full_precision) as u64,
+            bf16: 2 * parameters.total() as u64,
+        }
+    }
+}
 
 /// Bytes on the device at the peak of a training step.
 ///

@@ -7,7 +7,7 @@ mod parameters;
 mod transformer;
 
 pub use config::{Activation, BitNetConfig, ParameterCount, Projection};
-pub use memory::MemoryEstimate;
+pub use memory::{MemoryEstimate, ModelBytes};
 pub(crate) use parameters::checked;
-pub use parameters::{Parameter, Parameters};
+pub use parameters::{Parameter, Parameters, tensor_shapes};
 pub use transformer::{BitNetTransformer, Output};
