@@ -17,7 +17,6 @@ use crate::{Error, Result};
 ///
 /// For a model: shapes, parameters, sizes, FLOPs, and the GPU memory that training takes.
 #[derive(clap::Args)]
-#[group(multiple = true)]
 pub struct Args {
     /// A published size: 125M, 350M, 700M, 1.3B or 3B
     #[arg(long, value_name = "SIZE", group = "subject", group = "a_model")]
@@ -37,6 +36,7 @@ pub struct Args {
 
     /// Override a key of the configuration, e.g. model.layers=12; repeatable
     #[arg(long, value_name = "SECTION.KEY=VALUE", requires = "config")]
+    #[arg(conflicts_with_all = ["model_size", "checkpoint", "data"])]
     set: Vec<String>,
 
     /// Rows of a micro-batch, for the memory estimate [default: the configuration's]
@@ -49,6 +49,7 @@ pub struct Args {
 
     /// Token width, u16 or u32, of a file without a header (nanoGPT's are u16)
     #[arg(long, value_name = "TYPE", requires = "data")]
+    #[arg(conflicts_with_all = ["a_model", "checkpoint"])]
     dtype: Option<String>,
 
     /// Print one JSON object

@@ -70,10 +70,12 @@ impl Report {
             (Some(path), _) => (path.display().to_string(), Config::load(path, &args.set)?),
             (None, size) => {
                 let size = size.as_deref().unwrap_or_default();
-                let mut config = Config::default();
-                config.model = BitNetConfig::preset(size)?;
-                config.model.max_seq_len =
-                    (config.model.max_seq_len).max(args.seq_len.unwrap_or_default());
+                let mut model = BitNetConfig::preset(size)?;
+                model.max_seq_len = model.max_seq_len.max(args.seq_len.unwrap_or_default());
+                let config = Config {
+                    model,
+                    ..Config::default()
+                };
                 (size.to_uppercase(), config)
             }
         };
