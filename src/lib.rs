@@ -10,6 +10,7 @@ pub mod error;
 pub mod hardware;
 pub mod model;
 pub mod quant;
+mod simd;
 pub mod train;
 
 pub use error::{Error, Result};

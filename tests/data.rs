@@ -290,6 +290,26 @@ fn sets_that_cannot_be_used_say_why() {
     );
     assert_eq!(error.exit_code(), 2);
 
+    let other = dir.path().join("other.bin");
+    let mut sidecar = publish(&other, &[1, 2, 3], 5000);
+    sidecar.tokenizer_hash = "1".into();
+    fs::write(
+        other.with_extension("json"),
+        serde_json::to_vec(&sidecar).unwrap(),
+    )
+    .unwrap();
+    let error = TokenSet::open(&[&vocabulary, &other], None).unwrap_err();
+    assert!(
+        error.to_string().contains("different tokenizers (0 and 1)"),
+        "{error}"
+    );
+    let both = vec![(open(&vocabulary), 1.0), (open(&other), 1.0)];
+    let error = Mixture::new(both, 2, 5000, 0).err().unwrap();
+    assert!(
+        error.to_string().contains("different tokenizers"),
+        "{error}"
+    );
+
     for weight in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         assert!(
             Mixture::new(vec![(open(&path), weight)], 4, VOCAB, 0).is_err(),

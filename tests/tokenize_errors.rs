@@ -242,6 +242,12 @@ fn options_that_cannot_be() {
         2,
         &["200", "257"],
     );
+    refused(
+        dir,
+        &format!("{input} --train-vocab 999999999999"),
+        2,
+        &["999999999999", "1048576"],
+    );
     refused(dir, &format!("{input} --threads 0"), 2, &["--threads"]);
     refused(
         dir,

@@ -3,11 +3,10 @@
     python -m venv venv && venv/bin/pip install tokenizers
     venv/bin/python benches/peers/tokenizers_encode_batch.py TOKENIZER.json TEXT [--check TRAIN.bin]
 
-TEXT is a .jsonl file with a `text` field, one document a line (what
-`benches/peers/make_sample.py` writes). Documents are encoded in batches of 256, as many threads as there are
-cores (TOKENIZERS_PARALLELISM), best of three passes; reading the file is not timed. With --check the
-ids of the last pass are compared with those in a token file that `titanbit tokenize` made of the
-same two files.
+TEXT is a .jsonl file with a `text` field, one document a line, as `make_sample.py` writes it.
+Documents are encoded in batches of 256 on as many threads as there are cores; best of three
+passes; reading the file is not timed. With --check the ids are compared with those in a token
+file that `titanbit tokenize` made of the same two files.
 """
 
 import json

@@ -42,7 +42,9 @@ impl TokenSet {
                 shards.push(TokenFile::open(file, headerless)?);
             }
         }
-        Ok(Self { shards })
+        let set = Self { shards };
+        set.check_same_tokenizer(&set)?;
+        Ok(set)
     }
 
     pub fn shards(&self) -> &[TokenFile] {
@@ -74,6 +76,32 @@ impl TokenSet {
             )));
         }
         Ok(windows)
+    }
+
+    /// Refuses to mix token files whose sidecars name different tokenizers: their ids mean
+    /// different things.
+    pub(super) fn check_same_tokenizer(&self, other: &Self) -> Result<()> {
+        let known = self
+            .shards
+            .iter()
+            .find_map(|shard| Some((shard.path(), &shard.sidecar()?.tokenizer_hash)));
+        let Some((path, hash)) = known else {
+            return Ok(());
+        };
+        for shard in &other.shards {
+            if let Some(sidecar) = shard.sidecar()
+                && sidecar.tokenizer_hash != *hash
+            {
+                return Err(Error::usage(format!(
+                    "{} and {} were made with different tokenizers ({hash} and {}): tokenise both \
+                     with the same one",
+                    path.display(),
+                    shard.path().display(),
+                    sidecar.tokenizer_hash
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Refuses a set whose sidecars state a larger vocabulary than the model's.

@@ -39,7 +39,8 @@ impl Mixture {
     ///
     /// # Errors
     /// `Usage` when a weight is not a positive number or too small to ever be drawn, when
-    /// `seq_len` is longer than a set, or when a set was made with a larger vocabulary.
+    /// `seq_len` is longer than a set, when a set was made with a larger vocabulary, or
+    /// when sets were made with different tokenizers.
     pub fn new(
         weighted_sets: Vec<(TokenSet, f64)>,
         seq_len: usize,
@@ -48,6 +49,9 @@ impl Mixture {
     ) -> Result<Self> {
         let weights: Vec<f64> = weighted_sets.iter().map(|(_, weight)| *weight).collect();
         let quotas = quotas(&weights)?;
+        for (set, _) in &weighted_sets[1..] {
+            weighted_sets[0].0.check_same_tokenizer(set)?;
+        }
         let sets = weighted_sets
             .into_iter()
             .zip(quotas)

@@ -148,8 +148,9 @@ impl Metrics {
     }
 }
 
-/// Drops what `metrics.jsonl` holds after the event that recorded the checkpoint of `step`: a
-/// killed run wrote lines that the resumed one writes again, and perhaps half a line.
+/// Drops what `metrics.jsonl` holds after the event that recorded the checkpoint of `step` or the
+/// rollback to it: a killed run wrote lines that the resumed one writes again, and perhaps half a
+/// line.
 pub fn truncate_after_checkpoint(run_dir: &Path, step: u64) -> Result<()> {
     let path = run_dir.join("metrics.jsonl");
     let Ok(text) = fs::read(&path) else {
@@ -160,7 +161,12 @@ pub fn truncate_after_checkpoint(run_dir: &Path, step: u64) -> Result<()> {
     for line in text.split_inclusive(|byte| *byte == b'\n') {
         offset += line.len();
         let value: Value = serde_json::from_slice(line).unwrap_or_default();
-        if value["event"] == "checkpoint" && value["step"] == step {
+        let saved = match value["event"].as_str() {
+            Some("checkpoint") => &value["step"],
+            Some("rollback") => &value["back_to_step"],
+            _ => continue,
+        };
+        if *saved == step {
             end = offset;
         }
     }

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use crate::Result;
 use crate::config::Optimizer;
 use crate::model::{Parameter, Parameters};
+use crate::simd::{dot, vectorized};
 
 /// Elements one task of a threaded pass handles.
 const BLOCK: usize = 1 << 14;
@@ -109,11 +110,14 @@ fn sum_of_squares(gradient: &Tensor) -> Result<f64> {
     };
     let start = layout.start_offset();
     let values = &storage.as_slice::<f32>()?[start..start + layout.shape().elem_count()];
-    let blocks: Vec<f64> = values
-        .par_chunks(BLOCK)
-        .map(|block| pulp::Arch::new().dispatch(|| block.iter().map(|g| (g * g) as f64).sum()))
-        .collect();
-    Ok(blocks.iter().sum())
+    let blocks: Vec<f32> = values.par_chunks(BLOCK).map(block_square_sum).collect();
+    Ok(blocks.iter().map(|sum| *sum as f64).sum())
+}
+
+vectorized! {
+    fn block_square_sum(values: &[f32]) -> f32 {
+        dot(values, values)
+    }
 }
 
 /// The coefficients of one weight's update.
@@ -200,17 +204,43 @@ fn values_mut<'a>(
     }
 }
 
-/// Runs `update(dst, src)` over both, threaded and vectorised.
-fn for_each_pair(dst: &mut [f32], src: &[f32], update: impl Fn(&mut f32, f32) + Sync) {
+/// Runs `update` on corresponding blocks of both, threaded.
+fn for_each_block(dst: &mut [f32], src: &[f32], update: impl Fn(&mut [f32], &[f32]) + Sync) {
     dst.par_chunks_mut(BLOCK)
         .zip(src.par_chunks(BLOCK))
-        .for_each(|(dst, src)| {
-            pulp::Arch::new().dispatch(|| {
-                for (d, s) in dst.iter_mut().zip(src) {
-                    update(d, *s);
-                }
-            })
-        });
+        .for_each(|(dst, src)| update(dst, src));
+}
+
+vectorized! {
+    /// m = keep * m + add * g
+    fn update_mean(m: &mut [f32], gradient: &[f32], keep: f32, add: f32) {
+        for (m, g) in m.iter_mut().zip(gradient) {
+            *m = keep * *m + add * g;
+        }
+    }
+}
+
+vectorized! {
+    /// v = keep * v + add * (scale * g)^2
+    fn update_square(v: &mut [f32], gradient: &[f32], keep: f32, add: f32, scale: f32) {
+        for (v, g) in v.iter_mut().zip(gradient) {
+            let g = scale * g;
+            *v = keep * *v + add * g * g;
+        }
+    }
+}
+
+vectorized! {
+    fn update_weights(w: &mut [f32], m: &[f32], v: &[f32], update: Update) {
+        let keep = (1.0 - update.lr * update.weight_decay) as f32;
+        let (lr, eps) = (update.lr as f32, update.eps as f32);
+        let correction1 = update.correction1 as f32;
+        let correction2 = update.correction2 as f32;
+        for ((w, m), v) in w.iter_mut().zip(m).zip(v) {
+            let step = m * correction1 / ((v * correction2).sqrt() + eps);
+            *w = keep * *w - lr * step;
+        }
+    }
 }
 
 struct MovingMean {
@@ -231,7 +261,7 @@ impl InplaceOp2 for MovingMean {
         layout: &Layout,
     ) -> candle_core::Result<()> {
         let (m, gradient) = (values_mut(m, m_layout)?, values(gradient, layout)?);
-        for_each_pair(m, gradient, |m, g| *m = self.keep * *m + self.add * g);
+        for_each_block(m, gradient, |m, g| update_mean(m, g, self.keep, self.add));
         Ok(())
     }
 }
@@ -255,9 +285,8 @@ impl InplaceOp2 for MovingSquare {
         layout: &Layout,
     ) -> candle_core::Result<()> {
         let (v, gradient) = (values_mut(v, v_layout)?, values(gradient, layout)?);
-        for_each_pair(v, gradient, |v, g| {
-            let g = self.gradient * g;
-            *v = self.keep * *v + self.add * g * g;
+        for_each_block(v, gradient, |v, g| {
+            update_square(v, g, self.keep, self.add, self.gradient);
         });
         Ok(())
     }
@@ -279,20 +308,10 @@ impl InplaceOp3 for Update {
     ) -> candle_core::Result<()> {
         let w = values_mut(w, w_layout)?;
         let (m, v) = (values(m, m_layout)?, values(v, v_layout)?);
-        let keep = (1.0 - self.lr * self.weight_decay) as f32;
-        let (lr, eps) = (self.lr as f32, self.eps as f32);
-        let (correction1, correction2) = (self.correction1 as f32, self.correction2 as f32);
         w.par_chunks_mut(BLOCK)
             .zip(m.par_chunks(BLOCK))
             .zip(v.par_chunks(BLOCK))
-            .for_each(|((w, m), v)| {
-                pulp::Arch::new().dispatch(|| {
-                    for ((w, m), v) in w.iter_mut().zip(m).zip(v) {
-                        let step = m * correction1 / ((v * correction2).sqrt() + eps);
-                        *w = keep * *w - lr * step;
-                    }
-                })
-            });
+            .for_each(|((w, m), v)| update_weights(w, m, v, *self));
         Ok(())
     }
 }

@@ -254,7 +254,6 @@ impl Session<'_> {
                     "lr_scale": lr_scale,
                 });
                 self.metrics.event(failed_step, "rollback", details)?;
-                self.metrics.event(step, "checkpoint", json!({}))?;
                 self.metrics.restart_from(step)?;
                 self.saved = None;
                 Ok(false)

@@ -1,12 +1,12 @@
 //! Text to token files: `titanbit tokenize`, and what `titanbit train` does when its data set is
 //! text.
 //!
-//! [`sources`] says which files, [`reader`] cuts them into batches of documents, [`pipeline`]
-//! encodes the batches on all cores with an [`encoder`] each, and [`output`] writes them in order.
+//! `sources` says which files, `reader` cuts them into batches of documents, `pipeline` encodes
+//! the batches on all cores with an `encoder` each, and `output` writes them in order.
 
-pub mod documents;
+mod documents;
 pub mod encoder;
-pub mod gpt2;
+mod gpt2;
 mod output;
 mod parquet;
 pub mod paths;

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use super::pipeline::EncodedDocuments;
 use super::vocabulary::Vocabulary;
+use crate::Result;
 use crate::data::bin_format::{MAX_FILE_TOKENS, Sidecar};
 use crate::data::bin_writer::{FinishedTokens, TokenWriter, temporary_name};
-use crate::{Error, Result};
+use crate::error::IoContext;
 
 /// Writes documents to `NAME.bin`, or to `NAME_000.bin`, `NAME_001.bin`, ... when a limit is set
 /// or one file cannot hold them all.
@@ -168,9 +169,20 @@ fn shard_path(output: &Path, number: usize) -> PathBuf {
 }
 
 fn remove_stale_temporaries(output: &Path) -> Result<()> {
-    for number in 0.. {
-        if !remove_if_there(&temporary_name(&shard_path(output, number)))? {
-            break;
+    let prefix = format!(
+        "{}_",
+        output.file_stem().unwrap_or_default().to_string_lossy()
+    );
+    let is_ours = |name: &str| {
+        name.strip_prefix(&prefix)
+            .and_then(|rest| rest.strip_suffix(".bin.tmp"))
+            .is_some_and(|number| number.bytes().all(|digit| digit.is_ascii_digit()))
+    };
+    let directory = super::directory_of(output);
+    for entry in fs::read_dir(directory).at("list", directory)? {
+        let entry = entry.at("list", directory)?;
+        if is_ours(&entry.file_name().to_string_lossy()) {
+            remove_if_there(&entry.path())?;
         }
     }
     Ok(())
@@ -189,14 +201,9 @@ fn remove_earlier_run(output: &Path, published: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-fn remove_if_there(path: &Path) -> Result<bool> {
+fn remove_if_there(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(Error::Io {
-            action: "remove",
-            path: path.to_path_buf(),
-            source: error,
-        }),
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).at("remove", path),
+        _ => Ok(()),
     }
 }

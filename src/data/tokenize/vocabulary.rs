@@ -29,6 +29,9 @@ const END_OF_TEXT_NAMES: [&str; 6] = [
 /// Bytes and end of text: the smallest vocabulary.
 pub const MIN_VOCAB: usize = 257;
 
+/// Far beyond any vocabulary in use; the trainer allocates for what it is asked.
+pub const MAX_VOCAB: usize = 1 << 20;
+
 /// Pre-tokens longer than this are left out of training: runs of one character cost quadratic
 /// time there and teach nothing.
 const MAX_TRAINING_WORD: usize = 256;
@@ -68,12 +71,12 @@ impl Vocabulary {
     /// order of the texts nor on the number of threads.
     ///
     /// # Errors
-    /// `Usage` when `size` is below [`MIN_VOCAB`].
+    /// `Usage` when `size` is not between [`MIN_VOCAB`] and [`MAX_VOCAB`].
     pub fn train(size: usize, texts: impl Iterator<Item = String> + Send) -> Result<Self> {
-        if size < MIN_VOCAB {
+        if !(MIN_VOCAB..=MAX_VOCAB).contains(&size) {
             return Err(Error::usage(format!(
-                "a vocabulary of {size} is too small: byte-level BPE needs at least {MIN_VOCAB} \
-                 (256 bytes and {END_OF_TEXT})"
+                "a vocabulary of {size} cannot be trained: byte-level BPE needs at least \
+                 {MIN_VOCAB} (256 bytes and {END_OF_TEXT}), and {MAX_VOCAB} is the most"
             )));
         }
         let failed = |error| Error::usage(format!("cannot train a vocabulary: {error}"));

@@ -8,9 +8,9 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::gemm::{Mat, Threads, Write, matmul};
-use super::simd::{dot, exp, max_by, sum, vectorize};
 use super::storage::{Reader, slice};
 use crate::model::ops::{Heads, Rope};
+use crate::simd::{dot, exp, max_by, sum, vectorized};
 
 /// Queries whose scores exist at a time.
 const QUERY_BLOCK: usize = 64;
@@ -22,22 +22,72 @@ struct Attention {
     log_sum_exp: Mutex<Vec<f32>>,
 }
 
-/// Turns pairs (i, i + half) of one head's rows by the angle of their position, backwards for
-/// gradients.
-fn rotate(rows: &mut [f32], cos: &[f32], sin: &[f32], head_dim: usize, inverse: bool) {
-    let half = head_dim / 2;
-    let sign = if inverse { -1.0 } else { 1.0 };
-    vectorize(|| {
+vectorized! {
+    /// Turns pairs (i, i + half) of one head's rows by the angle of their position, backwards for
+    /// gradients.
+    fn rotate(rows: &mut [f32], cos: &[f32], sin: &[f32], head_dim: usize, inverse: bool) {
+        let half = head_dim / 2;
+        let sign = if inverse { -1.0 } else { 1.0 };
         let angles = cos.chunks_exact(half).zip(sin.chunks_exact(half));
         for (row, (cos, sin)) in rows.chunks_exact_mut(head_dim).zip(angles) {
             let (x1, x2) = row.split_at_mut(half);
-            for i in 0..half {
-                let (a, b, s) = (x1[i], x2[i], sign * sin[i]);
-                x1[i] = a * cos[i] - b * s;
-                x2[i] = b * cos[i] + a * s;
+            for (((x1, x2), c), s) in x1.iter_mut().zip(x2).zip(cos).zip(sin) {
+                let (a, b, s) = (*x1, *x2, sign * s);
+                *x1 = a * c - b * s;
+                *x2 = b * c + a * s;
             }
         }
-    })
+    }
+}
+
+vectorized! {
+    /// Scores (queries, keys) to softmax weights, 0 for keys after the query; query i of the block
+    /// is number `first + i`. Leaves each row's log-sum-exp.
+    fn causal_softmax(scores: &mut [f32], keys: usize, first: usize, log_sum_exp: &mut [f32]) {
+        let rows = scores.chunks_exact_mut(keys).zip(log_sum_exp);
+        for (i, (row, log_sum_exp)) in rows.enumerate() {
+            let (seen, future) = row.split_at_mut(first + i + 1);
+            let largest = max_by(seen, |x| x);
+            for x in seen.iter_mut() {
+                *x = exp(*x - largest);
+            }
+            let total = sum(seen);
+            let inverse = total.recip();
+            for x in seen.iter_mut() {
+                *x *= inverse;
+            }
+            future.fill(0.0);
+            *log_sum_exp = largest + total.ln();
+        }
+    }
+}
+
+vectorized! {
+    /// Scores to softmax weights P again, and dP to dS = P * (dP - dO . O).
+    fn causal_softmax_backward(
+        p: &mut [f32],
+        ds: &mut [f32],
+        keys: usize,
+        first: usize,
+        log_sum_exp: &[f32],
+        out: &[f32],
+        dout: &[f32],
+    ) {
+        let head_dim = out.len() / log_sum_exp.len();
+        let rows = p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys));
+        let outputs = out.chunks_exact(head_dim).zip(dout.chunks_exact(head_dim));
+        let rows = rows.zip(outputs).zip(log_sum_exp).enumerate();
+        for (i, (((p, ds), (out, dout)), log_sum_exp)) in rows {
+            let delta = dot(dout, out);
+            let seen = first + i + 1;
+            for (p, ds) in p[..seen].iter_mut().zip(&mut ds[..seen]) {
+                *p = exp(*p - log_sum_exp);
+                *ds = *p * (*ds - delta);
+            }
+            p[seen..].fill(0.0);
+            ds[seen..].fill(0.0);
+        }
+    }
 }
 
 /// One sequence's (seq, features) activations, read and written by head.
@@ -125,21 +175,11 @@ impl Attention {
         let d = self.heads.head_dim;
         let seq = q.len() / d;
         let mut out = vec![0f32; q.len()];
-        let mut log_sum_exp = Vec::with_capacity(seq);
+        let mut log_sum_exp = vec![0f32; seq];
         for (queries, keys) in query_blocks(seq) {
             let mut scores = self.scores(q, k, &queries, keys);
-            vectorize(|| {
-                for (query, row) in queries.clone().zip(scores.chunks_exact_mut(keys)) {
-                    let (seen, future) = row.split_at_mut(query + 1);
-                    let largest = max_by(seen, |x| x);
-                    seen.iter_mut().for_each(|x| *x = exp(*x - largest));
-                    let total = sum(seen);
-                    let inverse = total.recip();
-                    seen.iter_mut().for_each(|x| *x *= inverse);
-                    future.fill(0.0);
-                    log_sum_exp.push(largest + total.ln());
-                }
-            });
+            let lse = &mut log_sum_exp[queries.clone()];
+            causal_softmax(&mut scores, keys, queries.start, lse);
             let rows = queries.start * d..queries.end * d;
             let lhs = Mat::new(&scores, queries.len(), keys);
             let rhs = Mat::new(v, keys, d);
@@ -185,23 +225,15 @@ impl Attention {
                 values,
                 Threads::One,
             );
-            vectorize(|| {
-                for ((query, p), ds) in queries
-                    .clone()
-                    .zip(p.chunks_exact_mut(keys))
-                    .zip(ds.chunks_exact_mut(keys))
-                {
-                    let row = query * d..(query + 1) * d;
-                    let delta = dot(&dout[row.clone()], &out[row]);
-                    let seen = query + 1;
-                    for (p, ds) in p[..seen].iter_mut().zip(&mut ds[..seen]) {
-                        *p = exp(*p - log_sum_exp[query]);
-                        *ds = *p * (*ds - delta);
-                    }
-                    p[seen..].fill(0.0);
-                    ds[seen..].fill(0.0);
-                }
-            });
+            causal_softmax_backward(
+                &mut p,
+                &mut ds,
+                keys,
+                queries.start,
+                &log_sum_exp[queries],
+                &out[rows.clone()],
+                &dout[rows.clone()],
+            );
             let p = Mat::new(&p, count, keys);
             let ds = Mat::new(&ds, count, keys);
             let queries = Mat::new(&q[rows.clone()], count, d);

@@ -5,8 +5,8 @@ use rayon::prelude::*;
 
 use super::ROWS_PER_TASK;
 use super::gemm::{Mat, Threads, Write, matmul};
-use super::simd::{abs_sum, max_by, vectorize};
 use super::storage::{Reader, slice};
+use crate::simd::{abs_sum, max_by, vectorized};
 
 /// What the backward needs, kept from the forward.
 struct Saved {
@@ -24,39 +24,72 @@ struct BitLinear {
     keep: bool,
 }
 
+/// Elements of a weight that one task quantises.
+const WEIGHT_BLOCK: usize = 1 << 14;
+
+vectorized! {
+    fn block_abs_sum(w: &[f32]) -> f32 {
+        abs_sum(w)
+    }
+}
+
+vectorized! {
+    fn block_ternary_codes(codes: &mut [f32], w: &[f32], b: f32) {
+        for (code, w) in codes.iter_mut().zip(w) {
+            *code = (w / b).clamp(-1.0, 1.0).round_ties_even();
+        }
+    }
+}
+
 /// Ternary codes of one weight as f32, and its scale b.
 fn ternary_codes(w: &[f32], codes: &mut [f32]) -> f32 {
-    let sum: f64 = w
-        .par_chunks(1 << 16)
-        .map(|w| vectorize(|| abs_sum(w)) as f64)
-        .collect::<Vec<_>>()
-        .iter()
-        .sum();
+    let sums: Vec<f32> = w.par_chunks(WEIGHT_BLOCK).map(block_abs_sum).collect();
+    let sum: f64 = sums.iter().map(|s| *s as f64).sum();
     // Comparisons, not `max`, so that a NaN reaches the loss and the stability monitor sees it.
     let mean = (sum / w.len() as f64) as f32;
     let b = if mean < 1e-5 { 1e-5 } else { mean };
     codes
-        .par_chunks_mut(1 << 16)
-        .zip(w.par_chunks(1 << 16))
-        .for_each(|(codes, w)| {
-            vectorize(|| {
-                for (code, w) in codes.iter_mut().zip(w) {
-                    *code = (w / b).clamp(-1.0, 1.0).round_ties_even();
-                }
-            })
-        });
+        .par_chunks_mut(WEIGHT_BLOCK)
+        .zip(w.par_chunks(WEIGHT_BLOCK))
+        .for_each(|(codes, w)| block_ternary_codes(codes, w, b));
     b
 }
 
-/// Int8 codes of one token as f32, and its scale s.
-#[inline(always)]
-fn activation_codes(x: &[f32], codes: &mut [f32]) -> f32 {
-    let absmax = max_by(x, f32::abs);
-    let s = 127.0 / if absmax < 1e-5 { 1e-5 } else { absmax };
-    for (code, x) in codes.iter_mut().zip(x) {
-        *code = (x * s).round_ties_even().clamp(-128.0, 127.0);
+vectorized! {
+    /// Int8 codes of tokens of `k` features as f32, their scales s, and codes / s.
+    fn quantise_tokens(
+        codes: &mut [f32],
+        dequantised: &mut [f32],
+        scales: &mut [f32],
+        x: &[f32],
+        k: usize,
+    ) {
+        let tokens = codes
+            .chunks_exact_mut(k)
+            .zip(dequantised.chunks_exact_mut(k))
+            .zip(x.chunks_exact(k))
+            .zip(scales);
+        for (((codes, dequantised), x), scale) in tokens {
+            let absmax = max_by(x, f32::abs);
+            let s = 127.0 / if absmax < 1e-5 { 1e-5 } else { absmax };
+            *scale = s;
+            for ((code, value), x) in codes.iter_mut().zip(dequantised).zip(x) {
+                *code = (x * s).round_ties_even().clamp(-128.0, 127.0);
+                *value = *code / s;
+            }
+        }
     }
-    s
+}
+
+vectorized! {
+    /// Integer sums to activations: y = sums * b / s, b per column and s per row.
+    fn dequantise_sums(y: &mut [f32], column_scales: &[f32], token_scales: &[f32]) {
+        for (y, s) in y.chunks_exact_mut(column_scales.len()).zip(token_scales) {
+            for (y, b) in y.iter_mut().zip(column_scales) {
+                *y = *y * b / s;
+            }
+        }
+    }
 }
 
 impl CustomOp2 for BitLinear {
@@ -100,30 +133,12 @@ impl CustomOp2 for BitLinear {
                 let rows = x.len() / k;
                 let mut codes = vec![0f32; x.len()];
                 let mut scales = [0f32; ROWS_PER_TASK];
-                vectorize(|| {
-                    let tokens = codes
-                        .chunks_exact_mut(k)
-                        .zip(x_dequantised.chunks_exact_mut(k))
-                        .zip(x.chunks_exact(k))
-                        .zip(&mut scales);
-                    for (((codes, dequantised), x), scale) in tokens {
-                        *scale = activation_codes(x, codes);
-                        for (value, code) in dequantised.iter_mut().zip(codes) {
-                            *value = *code / *scale;
-                        }
-                    }
-                });
+                quantise_tokens(&mut codes, x_dequantised, &mut scales, x, k);
                 // Integer operands: the f32 sums are exact while |sum| < 2^24.
                 let lhs = Mat::new(&codes, rows, k);
                 let rhs = Mat::new(&w_codes, n, k).t();
                 matmul(y, n, Write::Replace, 1.0, lhs, rhs, Threads::One);
-                vectorize(|| {
-                    for (y, s) in y.chunks_exact_mut(n).zip(&scales) {
-                        for (y, b) in y.iter_mut().zip(&column_scales) {
-                            *y = *y * b / s;
-                        }
-                    }
-                });
+                dequantise_sums(y, &column_scales, &scales);
             });
 
         if self.keep {

@@ -2,9 +2,9 @@ use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::ROWS_PER_TASK;
-use super::simd::{exp, vectorize};
 use super::storage::{Reader, slice};
 use crate::model::Activation;
+use crate::simd::{exp, vectorized};
 
 struct GatedActivation {
     activation: Activation,
@@ -25,23 +25,61 @@ fn relu2(x: f32) -> (f32, f32) {
 }
 
 #[inline(always)]
-fn forward_row(y: &mut [f32], gate: &[f32], up: &[f32], act: impl Fn(f32) -> (f32, f32)) {
-    for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
-        *y = act(*g).0 * u;
+fn forward_with(y: &mut [f32], gate_up: &[f32], features: usize, act: impl Fn(f32) -> (f32, f32)) {
+    let rows = gate_up.chunks_exact(2 * features);
+    for (y, row) in y.chunks_exact_mut(features).zip(rows) {
+        let (gate, up) = row.split_at(features);
+        for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+            *y = act(*g).0 * u;
+        }
     }
 }
 
 #[inline(always)]
-fn backward_row(
-    (dgate, dup): (&mut [f32], &mut [f32]),
-    (gate, up): (&[f32], &[f32]),
+fn backward_with(
+    dgate_up: &mut [f32],
+    gate_up: &[f32],
     dy: &[f32],
+    features: usize,
     act: impl Fn(f32) -> (f32, f32),
 ) {
-    for i in 0..dy.len() {
-        let (value, derivative) = act(gate[i]);
-        dgate[i] = dy[i] * up[i] * derivative;
-        dup[i] = dy[i] * value;
+    let rows = dgate_up
+        .chunks_exact_mut(2 * features)
+        .zip(gate_up.chunks_exact(2 * features))
+        .zip(dy.chunks_exact(features));
+    for ((gradient, source), dy) in rows {
+        let (dgate, dup) = gradient.split_at_mut(features);
+        let (gate, up) = source.split_at(features);
+        let columns = dgate.iter_mut().zip(dup).zip(gate).zip(up).zip(dy);
+        for ((((dgate, dup), gate), up), dy) in columns {
+            let (value, derivative) = act(*gate);
+            *dgate = dy * up * derivative;
+            *dup = dy * value;
+        }
+    }
+}
+
+vectorized! {
+    fn forward_rows(y: &mut [f32], gate_up: &[f32], features: usize, activation: Activation) {
+        match activation {
+            Activation::Silu => forward_with(y, gate_up, features, silu),
+            Activation::Relu2 => forward_with(y, gate_up, features, relu2),
+        }
+    }
+}
+
+vectorized! {
+    fn backward_rows(
+        dgate_up: &mut [f32],
+        gate_up: &[f32],
+        dy: &[f32],
+        features: usize,
+        activation: Activation,
+    ) {
+        match activation {
+            Activation::Silu => backward_with(dgate_up, gate_up, dy, features, silu),
+            Activation::Relu2 => backward_with(dgate_up, gate_up, dy, features, relu2),
+        }
     }
 }
 
@@ -59,18 +97,7 @@ impl CustomOp1 for GatedActivation {
         let mut y = vec![0f32; gate_up.len() / 2];
         y.par_chunks_mut(ROWS_PER_TASK * features)
             .zip(gate_up.par_chunks(ROWS_PER_TASK * 2 * features))
-            .for_each(|(y, gate_up)| {
-                vectorize(|| {
-                    let rows = gate_up.chunks_exact(2 * features);
-                    for (y, row) in y.chunks_exact_mut(features).zip(rows) {
-                        let (gate, up) = row.split_at(features);
-                        match self.activation {
-                            Activation::Silu => forward_row(y, gate, up, silu),
-                            Activation::Relu2 => forward_row(y, gate, up, relu2),
-                        }
-                    }
-                })
-            });
+            .for_each(|(y, gate_up)| forward_rows(y, gate_up, features, self.activation));
         Ok((CpuStorage::F32(y), dims.into()))
     }
 
@@ -85,20 +112,7 @@ impl CustomOp1 for GatedActivation {
             .zip(source.par_chunks(ROWS_PER_TASK * 2 * features))
             .zip(dys.par_chunks(ROWS_PER_TASK * features))
             .for_each(|((gradient, source), dy)| {
-                vectorize(|| {
-                    let rows = gradient
-                        .chunks_exact_mut(2 * features)
-                        .zip(source.chunks_exact(2 * features))
-                        .zip(dy.chunks_exact(features));
-                    for ((gradient, source), dy) in rows {
-                        let outputs = gradient.split_at_mut(features);
-                        let inputs = source.split_at(features);
-                        match self.activation {
-                            Activation::Silu => backward_row(outputs, inputs, dy, silu),
-                            Activation::Relu2 => backward_row(outputs, inputs, dy, relu2),
-                        }
-                    }
-                })
+                backward_rows(gradient, source, dy, features, self.activation);
             });
         Tensor::from_vec(gradient, gate_up.shape(), gate_up.device()).map(Some)
     }

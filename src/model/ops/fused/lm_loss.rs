@@ -7,8 +7,8 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::gemm::{Mat, Threads, Write, matmul};
-use super::simd::{exp, max_by, sum, vectorize};
 use super::storage::slice;
+use crate::simd::{exp, max_by, sum, vectorized};
 
 /// Logits held at a time (16 MiB).
 const CHUNK_LOGITS: usize = 4 << 20;
@@ -23,17 +23,22 @@ struct LmLoss {
     keep: bool,
 }
 
-/// Cross-entropy of one row of logits; leaves (softmax - one_hot) * scale in their place.
-#[inline(always)]
-fn row_loss(logits: &mut [f32], target: usize, scale: f32) -> f32 {
-    let largest = max_by(logits, |x| x);
-    let target_logit = logits[target] - largest;
-    logits.iter_mut().for_each(|x| *x = exp(*x - largest));
-    let total = sum(logits);
-    let factor = scale / total;
-    logits.iter_mut().for_each(|x| *x *= factor);
-    logits[target] -= scale;
-    total.ln() - target_logit
+vectorized! {
+    /// Cross-entropy of one row of logits; leaves (softmax - one_hot) * scale in their place.
+    fn row_loss(logits: &mut [f32], target: usize, scale: f32) -> f32 {
+        let largest = max_by(logits, |x| x);
+        let target_logit = logits[target] - largest;
+        for x in logits.iter_mut() {
+            *x = exp(*x - largest);
+        }
+        let total = sum(logits);
+        let factor = scale / total;
+        for x in logits.iter_mut() {
+            *x *= factor;
+        }
+        logits[target] -= scale;
+        total.ln() - target_logit
+    }
 }
 
 impl CustomOp3 for LmLoss {
@@ -93,7 +98,7 @@ impl CustomOp3 for LmLoss {
             let losses: Vec<f32> = logits
                 .par_chunks_mut(vocab)
                 .zip(targets)
-                .map(|(row, target)| vectorize(|| row_loss(row, *target as usize, scale)))
+                .map(|(row, target)| row_loss(row, *target as usize, scale))
                 .collect();
             loss += losses.iter().map(|l| *l as f64).sum::<f64>();
             if let Some(gradients) = &mut gradients {

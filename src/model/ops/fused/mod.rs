@@ -8,7 +8,6 @@ mod gated_activation;
 mod gemm;
 mod lm_loss;
 mod rms_norm;
-mod simd;
 mod storage;
 
 pub use attention::attention;

@@ -2,8 +2,8 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::ROWS_PER_TASK;
-use super::simd::{dot, vectorize};
 use super::storage::{Reader, slice};
+use crate::simd::{dot, vectorized};
 
 struct RmsNorm {
     eps: f32,
@@ -13,6 +13,50 @@ struct RmsNorm {
 #[inline(always)]
 fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     (dot(x, x) / x.len() as f32 + eps).sqrt().recip()
+}
+
+vectorized! {
+    /// Rows of y = x / rms(x) * weight.
+    fn forward_rows(y: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
+        let features = weight.len();
+        for (y, x) in y.chunks_exact_mut(features).zip(x.chunks_exact(features)) {
+            let r = inverse_rms(x, eps);
+            for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+                *y = x * r * w;
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// With r = 1 / rms(x) and g = dy * w, row by row:
+    /// dx = r * g - x * r^3 * (g . x) / n,  dw += dy * x * r.
+    fn backward_rows(
+        dx: &mut [f32],
+        dw: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        weight: &[f32],
+        eps: f32,
+    ) {
+        let features = weight.len();
+        let rows = dx
+            .chunks_exact_mut(features)
+            .zip(x.chunks_exact(features))
+            .zip(dy.chunks_exact(features));
+        for ((dx, x), dy) in rows {
+            let r = inverse_rms(x, eps);
+            let columns = dx.iter_mut().zip(dw.iter_mut()).zip(dy).zip(x).zip(weight);
+            for ((((dx, dw), dy), x), w) in columns {
+                *dx = dy * w;
+                *dw += dy * x * r;
+            }
+            let shrink = dot(dx, x) * r * r * r / features as f32;
+            for (dx, x) in dx.iter_mut().zip(x) {
+                *dx = r * *dx - x * shrink;
+            }
+        }
+    }
 }
 
 impl CustomOp2 for RmsNorm {
@@ -33,21 +77,10 @@ impl CustomOp2 for RmsNorm {
         let block = ROWS_PER_TASK * features;
         y.par_chunks_mut(block)
             .zip(x.par_chunks(block))
-            .for_each(|(y, x)| {
-                vectorize(|| {
-                    for (y, x) in y.chunks_exact_mut(features).zip(x.chunks_exact(features)) {
-                        let r = inverse_rms(x, self.eps);
-                        for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-                            *y = x * r * w;
-                        }
-                    }
-                })
-            });
+            .for_each(|(y, x)| forward_rows(y, x, weight, self.eps));
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
-    /// With r = 1/rms(x) and g = dy * w:
-    /// dx = r * g - x * r^3 * (g . x) / n,  dw = sum over rows of dy * x * r.
     fn bwd(
         &self,
         x: &Tensor,
@@ -67,23 +100,7 @@ impl CustomOp2 for RmsNorm {
             .zip(dys.par_chunks(block))
             .map(|((dx, x), dy)| {
                 let mut dw = vec![0f32; features];
-                vectorize(|| {
-                    let rows = dx
-                        .chunks_exact_mut(features)
-                        .zip(x.chunks_exact(features))
-                        .zip(dy.chunks_exact(features));
-                    for ((dx, x), dy) in rows {
-                        let r = inverse_rms(x, self.eps);
-                        for i in 0..features {
-                            dx[i] = dy[i] * ws[i];
-                            dw[i] += dy[i] * x[i] * r;
-                        }
-                        let shrink = dot(dx, x) * r * r * r / features as f32;
-                        for i in 0..features {
-                            dx[i] = r * dx[i] - x[i] * shrink;
-                        }
-                    }
-                });
+                backward_rows(dx, &mut dw, dy, x, ws, self.eps);
                 dw
             })
             .collect();

@@ -1,12 +1,49 @@
-//! Vector arithmetic shared by the fused operations. Loops run inside [`vectorize`], which
-//! compiles them once per instruction set and picks at run time. Sums keep a fixed number of
-//! lanes, so that the result does not depend on the machine's vector width.
+//! Vector arithmetic of the CPU paths. A function made by [`vectorized!`] is compiled once per
+//! instruction set and the widest that the processor has is picked at run time. Sums keep a fixed
+//! number of lanes and nothing is fused, so that results do not depend on the vector width.
 
-/// Runs `f` compiled for the widest vector instructions this CPU has.
-#[inline]
-pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
+/// Defines `fn name(args) { body }` compiled for AVX-512, AVX2 and the baseline. What the body
+/// calls is compiled along if it is `#[inline(always)]`.
+macro_rules! vectorized {
+    ($(#[$meta:meta])* $visibility:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $visibility fn $name($($arg: $type),*) $(-> $result)? {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn portable($($arg: $type),*) $(-> $result)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx512($($arg: $type),*) $(-> $result)? {
+                    portable($($arg),*)
+                }
+                #[target_feature(enable = "avx2")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx2($($arg: $type),*) $(-> $result)? {
+                    portable($($arg),*)
+                }
+                if is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                {
+                    // SAFETY: the processor has the instructions, as just asked.
+                    return unsafe { avx512($($arg),*) };
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: as above.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            portable($($arg),*)
+        }
+    };
 }
+
+pub(crate) use vectorized;
 
 const LANES: usize = 16;
 

@@ -1,0 +1,82 @@
+//! A tiny predictable language to train on in a second or two.
+#![allow(dead_code)] // each test binary uses its own part
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+use titanbit::config::Config;
+
+/// Tokens 0..50 in a row, again and again: a model can learn it perfectly.
+pub fn counting(tokens: usize) -> Vec<u16> {
+    (0..tokens).map(|i| (i % 50) as u16).collect()
+}
+
+/// Writes an llm.c token file byte by byte.
+pub fn write_bin(path: &Path, tokens: &[u16]) {
+    let mut header = [0i32; 256];
+    header[..3].copy_from_slice(&[20240520, 1, tokens.len() as i32]);
+    let mut bytes: Vec<u8> = header.iter().flat_map(|x| x.to_le_bytes()).collect();
+    bytes.extend(tokens.iter().flat_map(|x| x.to_le_bytes()));
+    std::fs::write(path, bytes).unwrap();
+}
+
+pub const STEPS: u64 = 120;
+
+/// A configuration in `dir` over token files there, for a model of 26 thousand parameters.
+pub fn write_config(dir: &Path) -> PathBuf {
+    write_bin(&dir.join("train.bin"), &counting(16 * 1000 + 1));
+    write_bin(&dir.join("val.bin"), &counting(16 * 20 + 1));
+    let config = format!(
+        "model: {{vocab_size: 64, hidden_size: 32, layers: 2, heads: 4, kv_heads: 2, \
+                  intermediate_size: 48, max_seq_len: 16}}\n\
+         train: {{steps: {STEPS}, seq_len: 16, micro_batch: 4, grad_accum: 2, seed: 3}}\n\
+         data: {{train: [{{path: {0}/train.bin}}], val: {0}/val.bin, tokenizer: null}}\n\
+         optimizer: {{lr: 0.01}}\n\
+         schedule: {{kind: constant, warmup_steps: 5}}\n\
+         stability: {{ema_decay: 0.9, ema_warmup: 10, settle_steps: 20, recovery_steps: 20}}\n\
+         eval: {{every: 40, batches: 5}}\n\
+         checkpoint: {{every: 10, keep_last: 3, keep_every: 0}}\n\
+         logging: {{every: 10}}\n\
+         hardware: {{device: cpu}}\n",
+        dir.display()
+    );
+    let path = dir.join("tiny.yaml");
+    std::fs::write(&path, config).unwrap();
+    path
+}
+
+pub fn load_config(dir: &Path, overrides: &[&str]) -> Config {
+    let overrides: Vec<String> = overrides.iter().map(|s| s.to_string()).collect();
+    Config::load(&write_config(dir), &overrides).unwrap()
+}
+
+/// The binary under test, away from the user's settings.
+pub fn titanbit() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_titanbit"));
+    command.env_remove("RUST_LOG");
+    command
+}
+
+pub fn metrics(run_dir: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap();
+    text.lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect()
+}
+
+/// Loss and gradient norm of every step, to the bit, in the order recorded.
+pub fn losses(run_dir: &Path) -> Vec<(u64, f64, f64)> {
+    metrics(run_dir)
+        .iter()
+        .filter(|line| line["event"].is_null())
+        .map(|line| {
+            let number = |key: &str| line[key].as_f64().unwrap();
+            (
+                line["step"].as_u64().unwrap(),
+                number("loss"),
+                number("grad_norm"),
+            )
+        })
+        .collect()
+}

@@ -1,0 +1,202 @@
+//! A run that is killed, interrupted or robbed of its newest checkpoint goes on bit by bit as the
+//! one that was not.
+
+#![cfg(unix)]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use common::*;
+
+fn train(config: &Path, out: &Path, more: &[&str]) -> std::process::Command {
+    let mut command = titanbit();
+    command.args(["train", "--config"]).arg(config);
+    command.arg("--out").arg(out).args(more);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn finish(config: &Path, out: &Path, more: &[&str]) -> Output {
+    let output = train(config, out, more).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    output
+}
+
+/// Waits until `condition`, or until the child has ended.
+fn wait_for(child: &mut Child, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !condition() && child.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < deadline, "nothing happened in two minutes");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn lines_in(path: &Path) -> usize {
+    fs::read_to_string(path).map_or(0, |text| text.lines().count())
+}
+
+#[test]
+fn a_killed_run_resumes_bit_by_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = write_config(dir.path());
+    let whole = dir.path().join("whole");
+    finish(&config, &whole, &[]);
+    let expected = losses(&whole);
+    assert_eq!(expected.len() as u64, STEPS);
+
+    let killed = dir.path().join("killed");
+    let recorded = killed.join("metrics.jsonl");
+    // At moments that fall before, inside and after the writing of checkpoints.
+    for (kill, lines) in [3usize, 12, 23, 24, 31, 57, 88].into_iter().enumerate() {
+        let started = killed.join("checkpoints/latest").exists();
+        if !started && recorded.exists() {
+            fs::remove_dir_all(&killed).unwrap();
+        }
+        let more: &[&str] = if started {
+            &["--resume", "latest"]
+        } else {
+            &[]
+        };
+        let mut child = train(&config, &killed, more).spawn().unwrap();
+        let target = lines;
+        wait_for(&mut child, || lines_in(&recorded) >= target);
+        std::thread::sleep(Duration::from_micros(700 * kill as u64));
+        let _ = child.kill();
+        child.wait().unwrap();
+    }
+    finish(&config, &killed, &["--resume", "latest"]);
+    assert_eq!(losses(&killed), expected);
+}
+
+/// A rollback that happened before the kill is part of the state, too.
+#[test]
+fn a_run_with_a_rollback_resumes_bit_by_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = write_config(dir.path());
+    let mut tokens = counting(16 * 1000 + 1);
+    // Half of the data is foreign: some window will spike once the rest is learnt.
+    for window in (500..1000).step_by(97) {
+        for (i, token) in tokens[window * 16..][..17].iter_mut().enumerate() {
+            *token = 50 + ((i * 5) % 14) as u16;
+        }
+    }
+    write_bin(&dir.path().join("train.bin"), &tokens);
+    let whole = dir.path().join("whole");
+    finish(&config, &whole, &[]);
+    let rollbacks = |run: &Path| {
+        let all = metrics(run)
+            .into_iter()
+            .filter(|line| line["event"] == "rollback");
+        all.collect::<Vec<_>>()
+    };
+    assert!(
+        !rollbacks(&whole).is_empty(),
+        "the data was meant to cause a rollback"
+    );
+
+    let killed = dir.path().join("killed");
+    let mut child = train(&config, &killed, &[]).spawn().unwrap();
+    let recorded = killed.join("metrics.jsonl");
+    wait_for(&mut child, || {
+        fs::read_to_string(&recorded).is_ok_and(|text| text.contains("rollback"))
+    });
+    let _ = child.kill();
+    child.wait().unwrap();
+    finish(&config, &killed, &["--resume", "latest"]);
+    // By step, the last time it was taken: what the weights at the end are made of.
+    let last_taken = |run: &Path| {
+        let pairs = losses(run)
+            .into_iter()
+            .map(|(step, loss, norm)| (step, (loss, norm)));
+        pairs.collect::<std::collections::BTreeMap<_, _>>()
+    };
+    assert_eq!(last_taken(&killed), last_taken(&whole));
+    assert_eq!(rollbacks(&killed).last(), rollbacks(&whole).last());
+}
+
+#[test]
+fn an_interrupt_saves_and_exits_cleanly() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = write_config(dir.path());
+    let whole = dir.path().join("whole");
+    finish(&config, &whole, &[]);
+    let run = dir.path().join("run");
+    let mut child = train(&config, &run, &[]).spawn().unwrap();
+    wait_for(&mut child, || lines_in(&run.join("metrics.jsonl")) >= 15);
+    let pid = child.id().to_string();
+    let kill = std::process::Command::new("kill")
+        .args(["-INT", &pid])
+        .status();
+    assert!(kill.unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{stdout}");
+    assert!(
+        stdout.contains("stopped at step") && stdout.contains("--resume latest"),
+        "{stdout}"
+    );
+    finish(&config, &run, &["--resume", "latest"]);
+    assert_eq!(losses(&run), losses(&whole));
+}
+
+#[test]
+fn a_torn_checkpoint_is_noticed_and_the_one_before_it_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = write_config(dir.path());
+    let whole = dir.path().join("whole");
+    finish(&config, &whole, &[]);
+
+    for (name, file) in [("model", "model.safetensors"), ("state", "state.json")] {
+        let run = dir.path().join(name);
+        finish(&config, &run, &["--max-steps", "50"]);
+        let torn = run.join("checkpoints/step_0000050").join(file);
+        let bytes = fs::read(&torn).unwrap();
+        fs::write(&torn, &bytes[..bytes.len() - 9]).unwrap();
+        // The one before: a single bit.
+        let flipped = run.join("checkpoints/step_0000040/optimizer.safetensors");
+        let mut bytes = fs::read(&flipped).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&flipped, bytes).unwrap();
+
+        let output = finish(&config, &run, &["--resume", "latest"]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            stderr.contains(file) && stderr.contains("optimizer.safetensors"),
+            "{stderr}"
+        );
+        assert!(
+            stderr.contains("resuming from") && stderr.contains("step_0000030"),
+            "{stderr}"
+        );
+        assert_eq!(losses(&run), losses(&whole));
+    }
+}
+
+#[test]
+fn max_steps_and_resume_by_path_leave_the_schedule_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = write_config(dir.path());
+    let schedule = ["--set", "schedule.kind=cosine"];
+    let whole = dir.path().join("whole");
+    finish(&config, &whole, &schedule);
+    let run = dir.path().join("run");
+    finish(
+        &config,
+        &run,
+        &[&schedule[..], &["--max-steps", "47"]].concat(),
+    );
+    let latest = run.join("checkpoints/latest");
+    let from = latest.to_str().unwrap();
+    finish(
+        &config,
+        &run,
+        &[&schedule[..], &["--resume", from]].concat(),
+    );
+    assert_eq!(losses(&run), losses(&whole));
+}
