@@ -119,7 +119,7 @@ fn a_published_size() {
     );
     assert_eq!(
         line(&text, "compute per token"),
-        "compute per token 0.66 GFLOP"
+        "compute per token 657.06 MFLOP"
     );
     assert!(text.contains("micro-batch 2 x 512 tokens"), "{text}");
 }
