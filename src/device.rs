@@ -104,7 +104,7 @@ pub fn peak_bf16_tflops(device: &Device) -> Option<f64> {
 }
 
 /// The processor's name as Linux gives it, elsewhere its architecture.
-fn cpu_model() -> String {
+pub fn cpu_model() -> String {
     fs::read_to_string("/proc/cpuinfo")
         .ok()
         .and_then(|info| {

@@ -241,8 +241,8 @@ fn a_wrong_type_is_named_by_its_key() {
         &["schedule.kind", "zigzag", "two_stage"],
     );
     refused(
-        "stability: {enabled: maybe}",
-        &["stability.enabled", "maybe"],
+        "logging: {tensorboard: maybe}",
+        &["logging.tensorboard", "maybe"],
     );
     refused("data: {train: a.bin}", &["data.train", "a.bin"]);
     refused("data: {dtype: u8}", &["data.dtype", "u8", "u16"]);
@@ -297,6 +297,14 @@ fn hyper_parameters_out_of_range_are_refused_by_key() {
 
 #[test]
 fn impossible_shapes_are_refused() {
+    refused(
+        "model: {layers: 0}",
+        &["model.layers is 0", "from 1 to 1048576"],
+    );
+    refused(
+        "model: {vocab_size: 10000000000000000000}",
+        &["model.vocab_size is 10000000000000000000"],
+    );
     refused(
         "model: {hidden_size: 2050}",
         &["model.hidden_size is 2050", "model.heads (32)"],

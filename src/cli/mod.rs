@@ -2,6 +2,8 @@
 
 mod bench;
 mod console;
+mod format;
+mod info;
 mod tokenize;
 mod train;
 
@@ -22,6 +24,7 @@ struct Cli {
 enum Command {
     Train(train::Args),
     Tokenize(tokenize::Args),
+    Info(info::Args),
     Bench(bench::Args),
 }
 
@@ -33,6 +36,7 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Train(args) => train::run(args),
         Command::Tokenize(args) => tokenize::run(args),
+        Command::Info(args) => info::run(args),
         Command::Bench(args) => bench::run(args),
     };
     match outcome {

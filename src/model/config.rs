@@ -140,8 +140,9 @@ impl BitNetConfig {
             ("intermediate_size", self.intermediate_size),
             ("max_seq_len", self.max_seq_len),
         ] {
-            if value == 0 {
-                return bad(key, &value, "at least 1");
+            // The bound keeps every count of weights and FLOPs within 64 bits.
+            if !(1..=1 << 20).contains(&value) {
+                return bad(key, &value, "from 1 to 1048576");
             }
         }
         if !self.hidden_size.is_multiple_of(self.heads) {

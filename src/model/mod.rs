@@ -1,11 +1,13 @@
 //! The BitNet b1.58 network: its shape, its parameters and its forward pass.
 
 mod config;
+mod memory;
 pub mod ops;
 mod parameters;
 mod transformer;
 
 pub use config::{Activation, BitNetConfig, ParameterCount, Projection};
+pub use memory::{MemoryEstimate, ModelBytes};
 pub(crate) use parameters::checked;
-pub use parameters::{Parameter, Parameters};
+pub use parameters::{Parameter, Parameters, tensor_shapes};
 pub use transformer::{BitNetTransformer, Output};

@@ -67,6 +67,13 @@ fn specifications(config: &BitNetConfig) -> Vec<(String, Vec<usize>, Kind)> {
     all
 }
 
+/// Name and shape of every weight of a model, in the order of use.
+pub fn tensor_shapes(config: &BitNetConfig) -> impl Iterator<Item = (String, Vec<usize>)> {
+    specifications(config)
+        .into_iter()
+        .map(|(name, shape, _)| (name, shape))
+}
+
 /// splitmix64 (Steele, Lea, Flood 2014): a uniform in (0, 1] per call.
 struct Uniform(u64);
 

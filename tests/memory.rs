@@ -1,0 +1,206 @@
+//! The memory estimate against every byte that the composed operations really allocate: they are
+//! what runs on CUDA, here they run on the CPU under an allocator that counts.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+use candle_core::{DType, Device, Tensor};
+use titanbit::model::ops::{Heads, Rope, composed};
+use titanbit::model::{Activation, BitNetConfig, BitNetTransformer, MemoryEstimate, Parameters};
+
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+fn grow(bytes: usize) {
+    let live = LIVE.fetch_add(bytes, SeqCst) + bytes;
+    PEAK.fetch_max(live, SeqCst);
+}
+
+// SAFETY: every call goes to the system allocator unchanged; only counters are kept beside it.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        grow(layout.size());
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        grow(layout.size());
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), SeqCst);
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The network of `transformer.rs` over the composed operations, (batch, seq) ids -> loss.
+fn loss(
+    config: &BitNetConfig,
+    weights: &Parameters,
+    ids: &Tensor,
+    labels: &Tensor,
+) -> candle_core::Result<Tensor> {
+    let weight = |name: &str| {
+        let name = format!("{name}.weight");
+        let found = weights.iter().find(|p| p.name == name).unwrap();
+        found.var.as_tensor().clone()
+    };
+    let eps = config.rms_norm_eps;
+    let heads = Heads {
+        heads: config.heads,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim(),
+    };
+    let rope = Rope::new(
+        heads.head_dim,
+        config.max_seq_len,
+        config.rope_theta,
+        ids.device(),
+    )?;
+    let (batch, seq) = ids.dims2()?;
+    let embedding = weight("model.embed_tokens");
+    let mut x = embedding.index_select(&ids.flatten_all()?, 0)?.reshape((
+        batch,
+        seq,
+        config.hidden_size,
+    ))?;
+    for layer in 0..config.layers {
+        let weight = |name: &str| weight(&format!("model.layers.{layer}.{name}"));
+        let norm = |x: &Tensor, name: &str| composed::rms_norm(x, &weight(name), eps);
+        let linear = |x: &Tensor, names: &[&str]| {
+            let weights: Vec<Tensor> = names.iter().map(|name| weight(name)).collect();
+            composed::bit_linear(x, &weights.iter().collect::<Vec<_>>())
+        };
+        let n = norm(&x, "input_layernorm")?;
+        let qkv = linear(
+            &n,
+            &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        )?;
+        let a = composed::attention(&qkv, heads, &rope)?;
+        let a = norm(&a, "self_attn.attn_sub_norm")?;
+        let h = (x + linear(&a, &["self_attn.o_proj"])?)?;
+        let n = norm(&h, "post_attention_layernorm")?;
+        let gate_up = linear(&n, &["mlp.gate_proj", "mlp.up_proj"])?;
+        let f = composed::gated_activation(&gate_up, config.activation)?;
+        let f = norm(&f, "mlp.ffn_sub_norm")?;
+        x = (h + linear(&f, &["mlp.down_proj"])?)?;
+    }
+    let hidden = composed::rms_norm(&x, &weight("model.norm"), eps)?.flatten(0, 1)?;
+    let head = match config.tie_embeddings {
+        true => embedding,
+        false => weight("lm_head"),
+    };
+    composed::lm_loss(&hidden, &head, &labels.flatten_all()?)
+}
+
+/// Bytes allocated at the peak of a forward and backward pass, beyond the weights. The first
+/// pass also allocates the scratch that matrix products keep; the second is the one measured.
+fn measured_peak(config: &BitNetConfig, batch: usize, seq: usize) -> usize {
+    let model = BitNetTransformer::new(config, 1, &Device::Cpu).unwrap();
+    let ids = Tensor::zeros((batch, seq), DType::U32, &Device::Cpu).unwrap();
+    let pass = || {
+        let before = LIVE.load(SeqCst);
+        PEAK.store(before, SeqCst);
+        let loss = loss(config, model.parameters(), &ids, &ids).unwrap();
+        let _gradients = loss.backward().unwrap();
+        PEAK.load(SeqCst) - before
+    };
+    pass();
+    pass()
+}
+
+/// One test, so that nothing else allocates meanwhile. The shapes move the peak to each of the
+/// places where it can be.
+#[test]
+fn the_estimate_is_what_the_composed_operations_allocate() {
+    let base = BitNetConfig {
+        vocab_size: 64,
+        hidden_size: 128,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        intermediate_size: 256,
+        max_seq_len: 512,
+        ..BitNetConfig::default()
+    };
+    for (what, config, batch, seq) in [
+        ("scores", base.clone(), 1, 512),
+        (
+            "logits",
+            BitNetConfig {
+                vocab_size: 8192,
+                layers: 1,
+                ..base.clone()
+            },
+            2,
+            128,
+        ),
+        (
+            "LM head",
+            BitNetConfig {
+                vocab_size: 32768,
+                ..base.clone()
+            },
+            2,
+            16,
+        ),
+        (
+            "embedding, tied",
+            BitNetConfig {
+                vocab_size: 8192,
+                layers: 6,
+                tie_embeddings: true,
+                ..base.clone()
+            },
+            1,
+            32,
+        ),
+        (
+            "feed-forward",
+            BitNetConfig {
+                intermediate_size: 2048,
+                activation: Activation::Relu2,
+                ..base.clone()
+            },
+            16,
+            16,
+        ),
+        (
+            "weights",
+            BitNetConfig {
+                hidden_size: 256,
+                layers: 8,
+                heads: 2,
+                ..base.clone()
+            },
+            1,
+            8,
+        ),
+        (
+            "everything, kv heads as many as heads",
+            BitNetConfig {
+                vocab_size: 4096,
+                layers: 3,
+                kv_heads: 4,
+                ..base
+            },
+            2,
+            256,
+        ),
+    ] {
+        let measured = measured_peak(&config, batch, seq) as f64;
+        let estimate = MemoryEstimate::of_training(&config, batch, seq, 1);
+        let estimated = (estimate.gradients + estimate.activations) as f64;
+        let off = estimated / measured - 1.0;
+        assert!(
+            off.abs() < 0.01,
+            "{what}: {estimated} estimated, {measured} measured"
+        );
+    }
+}
