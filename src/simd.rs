@@ -109,7 +109,8 @@ pub fn exp(x: f32) -> f32 {
     let shifted = bounded * std::f32::consts::LOG2_E + MAGIC;
     let n = shifted - MAGIC;
     let r = (bounded - n * LN2_HIGH) - n * LN2_LOW;
-    let mut p = 1.0 / 720.0;
+    let mut p = 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
     p = p * r + 1.0 / 120.0;
     p = p * r + 1.0 / 24.0;
     p = p * r + 1.0 / 6.0;

@@ -14,7 +14,7 @@ fn take_steps(trainer: &mut Trainer, until: u64) -> f64 {
             StepOutcome::Applied { loss, .. } => last = loss,
             other => panic!("unexpected {other:?}"),
         }
-        if trainer.step_count() % 10 == 0 {
+        if trainer.step_count().is_multiple_of(10) {
             trainer.save().unwrap();
         }
     }
@@ -152,7 +152,7 @@ fn a_poisoned_window_is_skipped() {
                 continue;
             }
         }
-        if trainer.step_count() % 10 == 0 {
+        if trainer.step_count().is_multiple_of(10) {
             trainer.save().unwrap();
         }
     }

@@ -170,6 +170,9 @@ pub fn truncate_beyond(run_dir: &Path, step: u64, rollbacks: u32) -> Result<()> 
         rollbacks_left -= u32::from(rolled_back);
         end += line.len();
     }
-    let file = OpenOptions::new().write(true).open(&path).at("open", &path)?;
+    let file = OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .at("open", &path)?;
     file.set_len(end as u64).at("truncate", &path)
 }
