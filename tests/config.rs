@@ -241,8 +241,8 @@ fn a_wrong_type_is_named_by_its_key() {
         &["schedule.kind", "zigzag", "two_stage"],
     );
     refused(
-        "stability: {enabled: maybe}",
-        &["stability.enabled", "maybe"],
+        "logging: {tensorboard: maybe}",
+        &["logging.tensorboard", "maybe"],
     );
     refused("data: {train: a.bin}", &["data.train", "a.bin"]);
     refused("data: {dtype: u8}", &["data.dtype", "u8", "u16"]);
