@@ -1,4 +1,17 @@
 //! TitanBit pretrains BitNet b1.58 language models: every projection weight is -1, 0 or +1.
+//!
+//! - [`cli`]: the command line, one file a subcommand
+//! - [`config`]: the YAML configuration of a run
+//! - `cuda`: kernels and their launchers, with the `cuda` feature
+//! - [`data`]: text to token files, token files to batches
+//! - [`device`]: which device a command runs on
+//! - [`error`]: the one error type
+//! - [`hardware`]: peak rates of GPUs, for MFU
+//! - [`model`]: the network; start at [`model::BitNetTransformer`]
+//! - [`quant`]: ternary and int8 codes, packing, the exact product over them
+//! - [`train`]: the trainer and all that a run needs
+//!
+//! The README has an example.
 
 pub mod cli;
 pub mod config;
@@ -14,3 +27,8 @@ mod simd;
 pub mod train;
 
 pub use error::{Error, Result};
+
+/// Runs the README's example as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,7 +1,7 @@
 //! What a person sees while a command runs: warnings and messages that do not tear the progress
 //! bar apart.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::sync::OnceLock;
 
 use indicatif::{MultiProgress, ProgressBar};
@@ -32,6 +32,7 @@ pub fn init_tracing() {
         .with_env_filter(filter)
         .without_time()
         .with_target(false)
+        .with_ansi(io::stderr().is_terminal())
         .with_writer(StderrAboveBars)
         .try_init();
 }

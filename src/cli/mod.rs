@@ -31,7 +31,10 @@ enum Command {
 /// Parses the arguments, runs the subcommand, prints its error as one line; exit code 2 for
 /// usage, 1 for failures at run time.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse_arguments(&error),
+    };
     console::init_tracing();
     let outcome = match cli.command {
         Command::Train(args) => train::run(args),
@@ -46,4 +49,23 @@ pub fn main() -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// Prints help in full, and a wrong argument as one line: clap's message, hints included, without
+/// the usage that `--help` shows.
+fn refuse_arguments(error: &clap::Error) -> ExitCode {
+    use clap::error::ErrorKind;
+    let kind = error.kind();
+    if !error.use_stderr() || kind == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        error.exit();
+    }
+    let text = error.to_string();
+    let message: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
+        .filter(|line| !line.is_empty())
+        .collect();
+    eprintln!("{}; `--help` lists the arguments", message.join(" "));
+    ExitCode::from(2)
 }

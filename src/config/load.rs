@@ -34,9 +34,25 @@ pub fn from_text(text: &str, origin: &Path, overrides: &[String]) -> Result<Conf
     }
     expand_preset(&mut tree).map_err(|e| located(e.to_string()))?;
     let config: Config = serde_path_to_error::deserialize(tree)
-        .map_err(|e| located(format!("{}: {}", e.path(), e.inner())))?;
+        .map_err(|e| located(format!("{}: {}", e.path(), in_words(e.inner()))))?;
     config.validate().map_err(|e| located(e.to_string()))?;
     Ok(config)
+}
+
+/// serde's message with what a user may write in place of Rust's types.
+fn in_words(error: &serde_yaml::Error) -> String {
+    let message = error.to_string();
+    let Some((what, expected)) = message.rsplit_once("expected ") else {
+        return message;
+    };
+    let expected = match expected {
+        "u32" | "u64" | "usize" => "a whole number, 0 or more",
+        "f64" => "a number",
+        "a boolean" => "true or false",
+        "a sequence" => "a list",
+        other => other,
+    };
+    format!("{what}expected {expected}")
 }
 
 /// The default configuration as a tree, with the optional parts filled in: every key there is.

@@ -145,6 +145,16 @@ impl BitNetConfig {
                 return bad(key, &value, "from 1 to 1048576");
             }
         }
+        // Above this a sum of int8 x ternary products may leave f32's exact integers; ids are u32.
+        for (key, value, limit) in [
+            ("vocab_size", self.vocab_size, 1 << 24),
+            ("hidden_size", self.hidden_size, (1 << 17) - 1),
+            ("intermediate_size", self.intermediate_size, (1 << 17) - 1),
+        ] {
+            if value > limit {
+                return bad(key, &value, &format!("at most {limit}"));
+            }
+        }
         if !self.hidden_size.is_multiple_of(self.heads) {
             return bad(
                 "hidden_size",

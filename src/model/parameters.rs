@@ -1,7 +1,7 @@
 //! The weights of a model by name (the names of `transformers`' bitnet model), their
 //! initialisation, and reading and writing them as safetensors.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -127,14 +127,26 @@ impl Parameters {
     /// Reads every weight of `config` from a safetensors file.
     ///
     /// # Errors
-    /// A tensor that is missing, of another shape, or not floating point, by name.
+    /// A tensor that is missing, of another shape, not floating point, or one too many, by name.
     pub fn load(config: &BitNetConfig, path: &Path, device: &Device) -> Result<Self> {
         let tensors = candle_core::safetensors::load(path, &Device::Cpu)
             .map_err(|e| Error::format(path, format!("not a readable safetensors file ({e})")))?;
-        Self::from_tensors(config, &tensors, device).map_err(|e| match e {
+        let parameters = Self::from_tensors(config, &tensors, device).map_err(|e| match e {
             Error::Usage(what) => Error::format(path, what),
             other => other,
-        })
+        })?;
+        let known: HashSet<&str> = parameters.iter().map(|p| p.name.as_str()).collect();
+        match tensors.keys().filter(|n| !known.contains(n.as_str())).min() {
+            Some(extra) => Err(Error::format(
+                path,
+                format!(
+                    "tensor `{extra}` of shape {:?} has no place in the model: check the model \
+                     section",
+                    tensors[extra].dims()
+                ),
+            )),
+            None => Ok(parameters),
+        }
     }
 
     /// Takes every weight of `config` from `tensors`, by name.

@@ -75,7 +75,13 @@ pub fn run(
             Trainer::new(config, out, device)?
         }
     };
-    std::fs::create_dir_all(out).at("create", out)?;
+    let sampler = match &config.data.tokenizer {
+        Some(path) if path.is_file() && !config.eval.sample_prompt.is_empty() => {
+            Some(Sampler::new(path, &config.eval)?)
+        }
+        _ => None,
+    };
+    std::fs::create_dir_all(out).at("create the run directory", out)?;
     let config_path = out.join("config.yaml");
     std::fs::write(&config_path, config.to_yaml()?).at("write", &config_path)?;
     let gpu = match device {
@@ -84,12 +90,6 @@ pub fn run(
     };
     let metrics = Metrics::open(out, config.logging.tensorboard, gpu)?;
     observer.started(&trainer, device);
-    let sampler = match &config.data.tokenizer {
-        Some(path) if path.is_file() && !config.eval.sample_prompt.is_empty() => {
-            Some(Sampler::new(path, &config.eval)?)
-        }
-        _ => None,
-    };
     Session {
         config,
         metrics,
@@ -108,7 +108,9 @@ fn gpu_index(device: &Device) -> u32 {
 }
 
 fn refuse_used_directory(out: &Path) -> Result<()> {
-    if CheckpointDir::new(out).list()?.is_empty() && !out.join("metrics.jsonl").exists() {
+    // A run that failed before its first step left empty metrics, and nothing to lose.
+    let recorded = std::fs::metadata(out.join("metrics.jsonl")).is_ok_and(|file| file.len() > 0);
+    if CheckpointDir::new(out).list()?.is_empty() && !recorded {
         return Ok(());
     }
     Err(Error::usage(format!(
@@ -133,10 +135,11 @@ fn resume(config: &Config, out: &Path, device: &Device, from: &Resume) -> Result
                 ))
             })?,
     };
-    warn_of_changes(config, &state.config)?;
-    tracing::info!("resuming from {}", dir.display());
     let (step, rollbacks) = (state.step, state.stability.rollbacks);
+    let then = state.config.clone();
     let trainer = Trainer::resume(config, out, device, &dir, state)?;
+    tracing::info!("resuming from {}", dir.display());
+    warn_of_changes(config, &then)?;
     // What the killed run did after this checkpoint happens again.
     CheckpointDir::new(out).discard_after(step)?;
     truncate_beyond(out, step, rollbacks)?;
@@ -147,7 +150,14 @@ fn resume(config: &Config, out: &Path, device: &Device, from: &Resume) -> Result
 fn warn_of_changes(now: &Config, then: &Config) -> Result<()> {
     let tree = |config| serde_json::to_value(config).map_err(Error::training);
     let (now, then) = (tree(now)?, tree(then)?);
-    for section in ["train", "data", "optimizer", "schedule", "stability"] {
+    for section in [
+        "model",
+        "train",
+        "data",
+        "optimizer",
+        "schedule",
+        "stability",
+    ] {
         for (key, value) in now[section].as_object().into_iter().flatten() {
             let before = &then[section][key];
             if value != before {

@@ -109,7 +109,10 @@ impl Trainer {
             .map(|path| {
                 let set = TokenSet::open(&[path], config.data.dtype)?;
                 set.check_vocab(vocab_size)?;
-                set.windows(seq_len)?;
+                // A wrong id should stop the run now, not at its first validation.
+                let (rows, batches) = (config.train.micro_batch, config.eval.batches);
+                set.sequential_batches(seq_len, rows, batches, vocab_size)?
+                    .try_for_each(|batch| batch.map(drop))?;
                 Ok::<_, Error>(set)
             })
             .transpose()?;
