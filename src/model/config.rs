@@ -131,26 +131,21 @@ impl BitNetConfig {
                 "model.{key} is {value}: must be {allowed}"
             )))
         };
-        for (key, value) in [
-            ("vocab_size", self.vocab_size),
-            ("hidden_size", self.hidden_size),
-            ("layers", self.layers),
-            ("heads", self.heads),
-            ("kv_heads", self.kv_heads),
-            ("intermediate_size", self.intermediate_size),
-            ("max_seq_len", self.max_seq_len),
-        ] {
-            // The bound keeps every count of weights and FLOPs within 64 bits.
-            if !(1..=1 << 20).contains(&value) {
-                return bad(key, &value, "from 1 to 1048576");
-            }
-        }
-        // Above this a sum of int8 x ternary products may leave f32's exact integers; ids are u32.
+        // Features stay below 2^17, where the integer sums of a BitLinear are exact in f32; the
+        // other bounds keep every count of weights and FLOPs within 64 bits.
+        let (features, count) = ((1 << 17) - 1, 1 << 20);
         for (key, value, limit) in [
             ("vocab_size", self.vocab_size, 1 << 24),
-            ("hidden_size", self.hidden_size, (1 << 17) - 1),
-            ("intermediate_size", self.intermediate_size, (1 << 17) - 1),
+            ("hidden_size", self.hidden_size, features),
+            ("layers", self.layers, count),
+            ("heads", self.heads, count),
+            ("kv_heads", self.kv_heads, count),
+            ("intermediate_size", self.intermediate_size, features),
+            ("max_seq_len", self.max_seq_len, count),
         ] {
+            if value == 0 {
+                return bad(key, &value, "at least 1");
+            }
             if value > limit {
                 return bad(key, &value, &format!("at most {limit}"));
             }

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
@@ -181,8 +181,11 @@ impl CheckpointDir {
 /// The directory that `path` names: itself, or what the pointer file `latest` or `best` holds.
 pub fn resolve(path: &Path) -> Result<PathBuf> {
     let target = if path.is_file() {
-        let name = fs::read_to_string(path).at("read", path)?;
-        path.with_file_name(name.trim())
+        // A pointer is one short name; any other file is looked at no further.
+        let mut start = [0u8; 256];
+        let mut file = File::open(path).at("open", path)?;
+        let read = file.read(&mut start).at("read", path)?;
+        path.with_file_name(String::from_utf8_lossy(&start[..read]).trim())
     } else {
         path.to_path_buf()
     };

@@ -3,8 +3,8 @@ use std::sync::Mutex;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::ROWS_PER_TASK;
 use super::gemm::{Mat, Threads, Write, matmul};
+use super::rows_per_product;
 use super::storage::{Reader, slice};
 use crate::simd::{abs_sum, max_by, vectorized};
 
@@ -124,15 +124,16 @@ impl CustomOp2 for BitLinear {
         }
 
         let tokens = x.len() / k;
+        let block = rows_per_product(tokens);
         let mut y = vec![0f32; tokens * n];
         let mut x_dequantised = vec![0f32; x.len()];
-        y.par_chunks_mut(ROWS_PER_TASK * n)
-            .zip(x_dequantised.par_chunks_mut(ROWS_PER_TASK * k))
-            .zip(x.par_chunks(ROWS_PER_TASK * k))
+        y.par_chunks_mut(block * n)
+            .zip(x_dequantised.par_chunks_mut(block * k))
+            .zip(x.par_chunks(block * k))
             .for_each(|((y, x_dequantised), x)| {
                 let rows = x.len() / k;
                 let mut codes = vec![0f32; x.len()];
-                let mut scales = [0f32; ROWS_PER_TASK];
+                let mut scales = vec![0f32; rows];
                 quantise_tokens(&mut codes, x_dequantised, &mut scales, x, k);
                 // Integer operands: the f32 sums are exact while |sum| < 2^24.
                 let lhs = Mat::new(&codes, rows, k);
@@ -172,9 +173,10 @@ impl CustomOp2 for BitLinear {
         let (n, k) = w.dims2()?;
         let tokens = dys.len() / n;
 
+        let block = rows_per_product(tokens);
         let mut dx = vec![0f32; tokens * k];
-        dx.par_chunks_mut(ROWS_PER_TASK * k)
-            .zip(dys.par_chunks(ROWS_PER_TASK * n))
+        dx.par_chunks_mut(block * k)
+            .zip(dys.par_chunks(block * n))
             .for_each(|(dx, dy)| {
                 let lhs = Mat::new(dy, dy.len() / n, n);
                 let rhs = Mat::new(&saved.w_dequantised, n, k);

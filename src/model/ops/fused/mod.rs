@@ -1,6 +1,6 @@
 //! One threaded pass per operation with an explicit backward, for f32 tensors on the CPU.
-//! Work is cut into blocks of rows whose number does not depend on the thread count, so that
-//! every result is the same to the bit on any machine of one instruction set.
+//! Sums over rows are cut into blocks whose number does not depend on the thread count, so that
+//! a run repeats itself to the bit.
 
 mod attention;
 mod bit_linear;
@@ -16,6 +16,12 @@ pub use gated_activation::gated_activation;
 pub use lm_loss::lm_loss;
 pub use rms_norm::rms_norm;
 
-/// Rows of activations one task handles: small enough to stay in the cache between the steps of
-/// an operation and to occupy many cores, large enough to pay for a matrix product's packing.
+/// Rows of activations one task of an elementwise operation handles.
 const ROWS_PER_TASK: usize = 128;
+
+/// Rows of activations one task of a matrix product handles: a few tasks a thread, as each task
+/// packs the other operand anew.
+fn rows_per_product(rows: usize) -> usize {
+    rows.div_ceil(2 * rayon::current_num_threads())
+        .clamp(16, 1024)
+}
