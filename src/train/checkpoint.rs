@@ -24,9 +24,9 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 const TOKENIZER: &str = "tokenizer.json";
 
-/// Everything beside the tensors that a run needs to go on.
+/// How far a run has come.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct State {
+pub struct Progress {
     /// Updates applied.
     pub step: u64,
     /// Tokens those updates have seen.
@@ -40,22 +40,18 @@ pub struct State {
     pub val_loss: Option<f64>,
     pub best_val_loss: Option<f64>,
     pub stability: StabilityState,
+}
+
+/// `state.json`: everything beside the tensors that a run needs to go on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    #[serde(flatten)]
+    pub progress: Progress,
     pub config: Config,
     /// xxh3 of each file beside this one, in hex.
     files: BTreeMap<String, String>,
     /// xxh3 of this file as it is with an empty checksum.
     checksum: String,
-}
-
-/// The part of [`State`] that the trainer fills in.
-pub struct Progress {
-    pub step: u64,
-    pub tokens: u64,
-    pub position: u64,
-    pub loss: Option<f64>,
-    pub val_loss: Option<f64>,
-    pub best_val_loss: Option<f64>,
-    pub stability: StabilityState,
 }
 
 /// The checkpoints of one run.
@@ -305,23 +301,8 @@ fn write_files(
         .into_iter()
         .map(|name| Ok((name.to_string(), file_checksum(&dir.join(name))?)))
         .collect::<Result<_>>()?;
-    let Progress {
-        step,
-        tokens,
-        position,
-        loss,
-        val_loss,
-        best_val_loss,
-        stability,
-    } = progress;
     let mut state = State {
-        step,
-        tokens,
-        position,
-        loss,
-        val_loss,
-        best_val_loss,
-        stability,
+        progress,
         config: config.clone(),
         files,
         checksum: String::new(),
@@ -341,7 +322,8 @@ fn write_tensors(path: &Path, tensors: HashMap<String, Tensor>) -> Result<()> {
     sync_file(path)
 }
 
-fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
+/// Replaces a file's content, whole or not at all.
+pub(super) fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
     let temporary = path.with_extension("partial");
     let mut file = File::create(&temporary).at("create", &temporary)?;
     file.write_all(content).at("write", &temporary)?;

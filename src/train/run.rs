@@ -79,11 +79,19 @@ pub fn run(
         Some(path) if path.is_file() && !config.eval.sample_prompt.is_empty() => {
             Some(Sampler::new(path, &config.eval)?)
         }
+        Some(path) if !path.is_file() => {
+            tracing::warn!(
+                "data.tokenizer {} does not exist: no samples, and none travels with the \
+                 checkpoints",
+                path.display()
+            );
+            None
+        }
         _ => None,
     };
     std::fs::create_dir_all(out).at("create the run directory", out)?;
     let config_path = out.join("config.yaml");
-    std::fs::write(&config_path, config.to_yaml()?).at("write", &config_path)?;
+    checkpoint::write_atomically(&config_path, config.to_yaml()?.as_bytes())?;
     let gpu = match device {
         Device::Cuda(_) => GpuMonitor::new(gpu_index(device)),
         _ => None,
@@ -135,7 +143,7 @@ fn resume(config: &Config, out: &Path, device: &Device, from: &Resume) -> Result
                 ))
             })?,
     };
-    let (step, rollbacks) = (state.step, state.stability.rollbacks);
+    let (step, rollbacks) = (state.progress.step, state.progress.stability.rollbacks);
     let then = state.config.clone();
     let trainer = Trainer::resume(config, out, device, &dir, state)?;
     tracing::info!("resuming from {}", dir.display());

@@ -78,7 +78,7 @@ impl Trainer {
         let model = checkpoint::load_model(dir, config, device)?;
         let optimizer = checkpoint::load_optimizer(dir, config, model.parameters())?;
         let mut trainer = Self::assemble(config, run_dir, model, optimizer)?;
-        trainer.adopt(state)?;
+        trainer.adopt(state.progress)?;
         Ok(trainer)
     }
 
@@ -141,14 +141,14 @@ impl Trainer {
         })
     }
 
-    fn adopt(&mut self, state: State) -> Result<()> {
-        self.step = state.step;
-        self.tokens = state.tokens;
-        self.loss = state.loss;
-        self.val_loss = state.val_loss;
-        self.best_val_loss = state.best_val_loss;
-        self.monitor.state = state.stability;
-        self.loader.seek(state.position)
+    fn adopt(&mut self, progress: Progress) -> Result<()> {
+        self.step = progress.step;
+        self.tokens = progress.tokens;
+        self.loss = progress.loss;
+        self.val_loss = progress.val_loss;
+        self.best_val_loss = progress.best_val_loss;
+        self.monitor.state = progress.stability;
+        self.loader.seek(progress.position)
     }
 
     pub fn config(&self) -> &Config {
@@ -275,13 +275,14 @@ impl Trainer {
         // repeats this rollback.
         match stable {
             Some((dir, mut state)) => {
-                state.stability = recovered(state.stability, state.step);
-                self.checkpoints.discard_after(state.step)?;
+                let step = state.progress.step;
+                state.progress.stability = recovered(state.progress.stability, step);
+                self.checkpoints.discard_after(step)?;
                 self.checkpoints.rewrite_state(&dir, &mut state)?;
                 self.model = checkpoint::load_model(&dir, &self.config, &self.device)?;
                 self.optimizer =
                     checkpoint::load_optimizer(&dir, &self.config, self.model.parameters())?;
-                self.adopt(state)?;
+                self.adopt(state.progress)?;
             }
             None => {
                 self.monitor.state = recovered(StabilityState::default(), 0);

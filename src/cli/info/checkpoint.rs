@@ -71,12 +71,12 @@ impl Report {
             .unwrap_or_default();
         Ok(Self {
             path: dir,
-            step: state.step,
-            tokens: state.tokens,
-            loss: state.loss,
-            val_loss: state.val_loss,
-            best_val_loss: state.best_val_loss,
-            rollbacks: state.stability.rollbacks,
+            step: state.progress.step,
+            tokens: state.progress.tokens,
+            loss: state.progress.loss,
+            val_loss: state.progress.val_loss,
+            best_val_loss: state.progress.best_val_loss,
+            rollbacks: state.progress.stability.rollbacks,
             checksums_verified: true,
             bytes,
             age_seconds: age.as_secs(),
