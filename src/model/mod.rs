@@ -1,10 +1,12 @@
 //! The BitNet b1.58 network: its shape, its parameters and its forward pass.
 
 mod config;
+pub mod cpu;
 mod memory;
 pub mod ops;
 mod parameters;
 mod transformer;
+mod weights;
 
 pub use config::{Activation, BitNetConfig, ParameterCount, Projection};
 pub use memory::{MemoryEstimate, ModelBytes};

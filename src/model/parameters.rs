@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::BitNetConfig;
+use super::weights::{LayerWeights, Weights};
 use crate::{Error, Result};
 
 /// One trainable tensor, f32.
@@ -183,13 +184,43 @@ impl Parameters {
         self.0.iter()
     }
 
-    /// The weight called `name`; a name that `specifications` lists is always there.
-    pub(super) fn tensor(&self, name: &str) -> Result<Tensor> {
-        self.0
-            .iter()
-            .find(|p| p.name == name)
-            .map(|p| p.var.as_tensor().clone())
-            .ok_or_else(|| Error::usage(format!("the model has no weight called `{name}`")))
+    /// All weights by their place in the network.
+    ///
+    /// # Errors
+    /// Parameters of a model of another shape.
+    pub(super) fn by_place(&self, config: &BitNetConfig) -> Result<Weights<Tensor>> {
+        let weight = |name: &str| {
+            self.0
+                .iter()
+                .find(|p| p.name == format!("{name}.weight"))
+                .map(|p| p.var.as_tensor().clone())
+                .ok_or_else(|| Error::usage(format!("the model has no weight called `{name}`")))
+        };
+        let layers = (0..config.layers).map(|layer| {
+            let weight = |name: &str| weight(&format!("model.layers.{layer}.{name}"));
+            Ok(LayerWeights {
+                input_layernorm: weight("input_layernorm")?,
+                attn_sub_norm: weight("self_attn.attn_sub_norm")?,
+                post_attention_layernorm: weight("post_attention_layernorm")?,
+                ffn_sub_norm: weight("mlp.ffn_sub_norm")?,
+                q_proj: weight("self_attn.q_proj")?,
+                k_proj: weight("self_attn.k_proj")?,
+                v_proj: weight("self_attn.v_proj")?,
+                o_proj: weight("self_attn.o_proj")?,
+                gate_proj: weight("mlp.gate_proj")?,
+                up_proj: weight("mlp.up_proj")?,
+                down_proj: weight("mlp.down_proj")?,
+            })
+        });
+        Ok(Weights {
+            embed_tokens: weight("model.embed_tokens")?,
+            layers: layers.collect::<Result<_>>()?,
+            norm: weight("model.norm")?,
+            lm_head: match config.tie_embeddings {
+                true => None,
+                false => Some(weight("lm_head")?),
+            },
+        })
     }
 }
 

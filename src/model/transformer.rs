@@ -4,47 +4,17 @@
 //! h = x + o_proj(attn_sub_norm(attention(q, k, v_proj(input_layernorm(x)))))
 //! y = h + down_proj(ffn_sub_norm(act(gate_proj(n)) * up_proj(n))),  n = post_attention_layernorm(h)
 //! ```
+//!
+//! Written here in candle operations, for any device; on the CPU, whatever needs no graph takes
+//! the faster passes of [`super::cpu`].
 
-use candle_core::{Device, Tensor};
+use candle_core::{CpuStorage, Device, Layout, Storage, StorageRef, Tensor};
 
+use super::cpu;
 use super::ops::{self, Heads, Rope};
-use super::{Activation, BitNetConfig, Parameters};
+use super::weights::{LayerWeights, Weights};
+use super::{BitNetConfig, Parameters};
 use crate::{Error, Result};
-
-#[derive(Clone, Debug)]
-struct Layer {
-    input_layernorm: Tensor,
-    q_proj: Tensor,
-    k_proj: Tensor,
-    v_proj: Tensor,
-    attn_sub_norm: Tensor,
-    o_proj: Tensor,
-    post_attention_layernorm: Tensor,
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    ffn_sub_norm: Tensor,
-    down_proj: Tensor,
-    heads: Heads,
-    activation: Activation,
-    eps: f64,
-}
-
-impl Layer {
-    /// x (batch, seq, hidden) -> (batch, seq, hidden).
-    fn forward(&self, x: &Tensor, rope: &Rope) -> candle_core::Result<Tensor> {
-        let n = ops::rms_norm(x, &self.input_layernorm, self.eps)?;
-        let qkv = ops::bit_linear(&n, &[&self.q_proj, &self.k_proj, &self.v_proj])?;
-        let a = ops::attention(&qkv, self.heads, rope)?;
-        let a = ops::rms_norm(&a, &self.attn_sub_norm, self.eps)?;
-        let h = (x + ops::bit_linear(&a, &[&self.o_proj])?)?;
-
-        let n = ops::rms_norm(&h, &self.post_attention_layernorm, self.eps)?;
-        let gate_up = ops::bit_linear(&n, &[&self.gate_proj, &self.up_proj])?;
-        let f = ops::gated_activation(&gate_up, self.activation)?;
-        let f = ops::rms_norm(&f, &self.ffn_sub_norm, self.eps)?;
-        h + ops::bit_linear(&f, &[&self.down_proj])?
-    }
-}
 
 /// What a forward pass returns.
 #[derive(Clone, Debug)]
@@ -60,10 +30,7 @@ pub struct Output {
 pub struct BitNetTransformer {
     config: BitNetConfig,
     parameters: Parameters,
-    embedding: Tensor,
-    layers: Vec<Layer>,
-    norm: Tensor,
-    lm_head: Tensor,
+    weights: Weights<Tensor>,
     rope: Rope,
 }
 
@@ -77,79 +44,19 @@ impl BitNetTransformer {
     /// A model over existing weights.
     pub fn with_parameters(config: &BitNetConfig, parameters: Parameters) -> Result<Self> {
         config.validate()?;
-        let weight = |name: &str| parameters.tensor(&format!("{name}.weight"));
-        let embedding = weight("model.embed_tokens")?;
-        let layers = (0..config.layers)
-            .map(|i| {
-                let weight = |name: &str| weight(&format!("model.layers.{i}.{name}"));
-                Ok(Layer {
-                    input_layernorm: weight("input_layernorm")?,
-                    q_proj: weight("self_attn.q_proj")?,
-                    k_proj: weight("self_attn.k_proj")?,
-                    v_proj: weight("self_attn.v_proj")?,
-                    attn_sub_norm: weight("self_attn.attn_sub_norm")?,
-                    o_proj: weight("self_attn.o_proj")?,
-                    post_attention_layernorm: weight("post_attention_layernorm")?,
-                    gate_proj: weight("mlp.gate_proj")?,
-                    up_proj: weight("mlp.up_proj")?,
-                    ffn_sub_norm: weight("mlp.ffn_sub_norm")?,
-                    down_proj: weight("mlp.down_proj")?,
-                    heads: Heads {
-                        heads: config.heads,
-                        kv_heads: config.kv_heads,
-                        head_dim: config.head_dim(),
-                    },
-                    activation: config.activation,
-                    eps: config.rms_norm_eps,
-                })
-            })
-            .collect::<Result<_>>()?;
+        let weights = parameters.by_place(config)?;
         let rope = Rope::new(
             config.head_dim(),
             config.max_seq_len,
             config.rope_theta,
-            embedding.device(),
+            weights.norm.device(),
         )?;
         Ok(Self {
-            norm: weight("model.norm")?,
-            lm_head: match config.tie_embeddings {
-                true => embedding.clone(),
-                false => weight("lm_head")?,
-            },
             config: config.clone(),
-            embedding,
-            layers,
-            rope,
             parameters,
+            weights,
+            rope,
         })
-    }
-
-    /// A view of the same weights that records nothing for a backward pass: activations are
-    /// freed as it goes. Later updates of the weights show in it.
-    pub fn for_inference(&self) -> Self {
-        let mut view = self.clone();
-        let detach = |tensor: &mut Tensor| *tensor = tensor.detach();
-        for layer in &mut view.layers {
-            for tensor in [
-                &mut layer.input_layernorm,
-                &mut layer.q_proj,
-                &mut layer.k_proj,
-                &mut layer.v_proj,
-                &mut layer.attn_sub_norm,
-                &mut layer.o_proj,
-                &mut layer.post_attention_layernorm,
-                &mut layer.gate_proj,
-                &mut layer.up_proj,
-                &mut layer.ffn_sub_norm,
-                &mut layer.down_proj,
-            ] {
-                detach(tensor);
-            }
-        }
-        for tensor in [&mut view.embedding, &mut view.norm, &mut view.lm_head] {
-            detach(tensor);
-        }
-        view
     }
 
     pub fn config(&self) -> &BitNetConfig {
@@ -161,52 +68,174 @@ impl BitNetTransformer {
     }
 
     pub fn device(&self) -> &Device {
-        self.embedding.device()
-    }
-
-    /// Normalised final activations: ids (batch, seq) u32 -> (batch * seq, hidden).
-    fn hidden(&self, ids: &Tensor) -> Result<Tensor> {
-        let (batch, seq) = ids.dims2()?;
-        if seq > self.config.max_seq_len {
-            return Err(Error::usage(format!(
-                "a sequence of {seq} tokens exceeds model.max_seq_len ({})",
-                self.config.max_seq_len
-            )));
-        }
-        let mut x = self
-            .embedding
-            .index_select(&ids.flatten_all()?, 0)?
-            .reshape((batch, seq, self.config.hidden_size))?;
-        for layer in &self.layers {
-            x = layer.forward(&x, &self.rope)?;
-        }
-        let hidden = ops::rms_norm(&x, &self.norm, self.config.rms_norm_eps)?;
-        Ok(hidden.flatten(0, 1)?)
+        self.weights.norm.device()
     }
 
     /// Logits, and the loss when labels are given: ids and labels (batch, seq) u32, label i being
-    /// the token that follows id i.
+    /// the token that follows id i. candle can differentiate both. Where no gradient is wanted,
+    /// [`Self::logits`] and [`Self::loss`] are faster; for training there is
+    /// [`Self::loss_and_gradients`].
     ///
     /// # Errors
     /// A sequence longer than `max_seq_len`; an id or label outside the vocabulary.
     pub fn forward(&self, ids: &Tensor, labels: Option<&Tensor>) -> Result<Output> {
+        self.check_length(ids)?;
         let (batch, seq) = ids.dims2()?;
-        let logits = self.hidden(ids)?.matmul(&self.lm_head.t()?)?;
+        let logits = self.graph(&self.weights, ids)?;
         let loss = labels
-            .map(|labels| candle_nn::loss::cross_entropy(&logits, &labels.flatten_all()?))
+            .map(|labels| cross_entropy(&logits, labels))
             .transpose()?;
         let logits = logits.reshape((batch, seq, self.config.vocab_size))?;
         Ok(Output { logits, loss })
     }
 
-    /// The mean cross-entropy alone, scalar, in nats: what training needs, and on the CPU
-    /// without ever holding all logits. Shapes as in [`Self::forward`].
-    pub fn loss(&self, ids: &Tensor, labels: &Tensor) -> Result<Tensor> {
-        let hidden = self.hidden(ids)?;
-        Ok(ops::lm_loss(
-            &hidden,
-            &self.lm_head,
-            &labels.flatten_all()?,
-        )?)
+    /// Logits (batch, seq, vocab) without a graph. Arguments and errors as in [`Self::forward`].
+    pub fn logits(&self, ids: &Tensor) -> Result<Tensor> {
+        self.check_length(ids)?;
+        let (batch, seq) = ids.dims2()?;
+        let weights = self.weights.map(Tensor::detach);
+        let logits = if self.device().is_cpu() {
+            let ids = self.ids(ids)?;
+            let hidden = self.on_cpu(seq, |network| network.hidden(&ids));
+            let shape = (batch * seq, self.config.hidden_size);
+            Tensor::from_vec(hidden, shape, self.device())?.matmul(&weights.lm_head().t()?)?
+        } else {
+            self.graph(&weights, ids)?
+        };
+        Ok(logits.reshape((batch, seq, self.config.vocab_size))?)
     }
+
+    /// Mean cross-entropy in nats, without a graph. Arguments and errors as in [`Self::forward`].
+    pub fn loss(&self, ids: &Tensor, labels: &Tensor) -> Result<f64> {
+        self.check_length(ids)?;
+        if self.device().is_cpu() {
+            let (seq, ids, labels) = (ids.dim(1)?, self.ids(ids)?, self.ids(labels)?);
+            return Ok(self.on_cpu(seq, |network| network.loss(&ids, &labels)));
+        }
+        let logits = self.graph(&self.weights.map(Tensor::detach), ids)?;
+        Ok(cross_entropy(&logits, labels)?.to_scalar::<f32>()? as f64)
+    }
+
+    /// Mean cross-entropy in nats, and the gradient of `scale` times it by every weight, in the
+    /// order of [`Self::parameters`]. Arguments and errors as in [`Self::forward`].
+    pub fn loss_and_gradients(
+        &self,
+        ids: &Tensor,
+        labels: &Tensor,
+        scale: f64,
+    ) -> Result<(f64, Vec<Tensor>)> {
+        self.check_length(ids)?;
+        let parameters = self.parameters.iter();
+        if self.device().is_cpu() {
+            let (seq, ids, labels) = (ids.dim(1)?, self.ids(ids)?, self.ids(labels)?);
+            let (loss, gradients) = self.on_cpu(seq, |network| {
+                network.loss_and_gradients(&ids, &labels, scale as f32)
+            });
+            let gradients = parameters
+                .zip(gradients.into_values())
+                .map(|(p, values)| Ok(Tensor::from_vec(values, p.var.shape(), self.device())?))
+                .collect::<Result<_>>()?;
+            return Ok((loss, gradients));
+        }
+        let loss = cross_entropy(&self.graph(&self.weights, ids)?, labels)?;
+        let mut store = (&loss * scale)?.backward()?;
+        let gradients = parameters
+            .map(|p| {
+                let missing = || Error::training(format!("no gradient reached {}", p.name));
+                store.remove(&p.var).ok_or_else(missing)
+            })
+            .collect::<Result<_>>()?;
+        Ok((loss.to_scalar::<f32>()? as f64, gradients))
+    }
+
+    fn check_length(&self, ids: &Tensor) -> Result<()> {
+        let (seq, max) = (ids.dim(1)?, self.config.max_seq_len);
+        if seq > max {
+            return Err(Error::usage(format!(
+                "a sequence of {seq} tokens exceeds model.max_seq_len ({max})"
+            )));
+        }
+        Ok(())
+    }
+
+    fn heads(&self) -> Heads {
+        Heads {
+            heads: self.config.heads,
+            kv_heads: self.config.kv_heads,
+            head_dim: self.config.head_dim(),
+        }
+    }
+
+    /// The network in candle operations: ids (batch, seq) u32 -> logits (batch * seq, vocab).
+    fn graph(&self, weights: &Weights<Tensor>, ids: &Tensor) -> candle_core::Result<Tensor> {
+        let (batch, seq) = ids.dims2()?;
+        let mut x = weights
+            .embed_tokens
+            .index_select(&ids.flatten_all()?, 0)?
+            .reshape((batch, seq, self.config.hidden_size))?;
+        for layer in &weights.layers {
+            x = self.layer(layer, &x)?;
+        }
+        let hidden = ops::rms_norm(&x, &weights.norm, self.config.rms_norm_eps)?;
+        hidden.flatten(0, 1)?.matmul(&weights.lm_head().t()?)
+    }
+
+    /// x (batch, seq, hidden) -> (batch, seq, hidden).
+    fn layer(&self, w: &LayerWeights<Tensor>, x: &Tensor) -> candle_core::Result<Tensor> {
+        let eps = self.config.rms_norm_eps;
+        let n = ops::rms_norm(x, &w.input_layernorm, eps)?;
+        let qkv = ops::bit_linear(&n, &[&w.q_proj, &w.k_proj, &w.v_proj])?;
+        let a = ops::attention(&qkv, self.heads(), &self.rope)?;
+        let a = ops::rms_norm(&a, &w.attn_sub_norm, eps)?;
+        let h = (x + ops::bit_linear(&a, &[&w.o_proj])?)?;
+
+        let n = ops::rms_norm(&h, &w.post_attention_layernorm, eps)?;
+        let gate_up = ops::bit_linear(&n, &[&w.gate_proj, &w.up_proj])?;
+        let f = ops::gated_activation(&gate_up, self.config.activation)?;
+        let f = ops::rms_norm(&f, &w.ffn_sub_norm, eps)?;
+        h + ops::bit_linear(&f, &[&w.down_proj])?
+    }
+
+    /// Runs `pass` over sequences of `seq` tokens with the weights borrowed.
+    fn on_cpu<T>(&self, seq: usize, pass: impl FnOnce(cpu::Network) -> T) -> T {
+        let read = self.weights.map(Tensor::storage_and_layout);
+        let (cos, sin) = (
+            self.rope.cos.storage_and_layout(),
+            self.rope.sin.storage_and_layout(),
+        );
+        pass(cpu::Network {
+            weights: read.map(f32_slice),
+            heads: self.heads(),
+            activation: self.config.activation,
+            eps: self.config.rms_norm_eps as f32,
+            seq,
+            cos: f32_slice(&cos),
+            sin: f32_slice(&sin),
+        })
+    }
+
+    /// Token ids as integers below the vocabulary's size.
+    fn ids(&self, ids: &Tensor) -> Result<Vec<u32>> {
+        let ids = ids.flatten_all()?.to_vec1::<u32>()?;
+        let vocab = self.config.vocab_size;
+        match ids.iter().find(|id| **id as usize >= vocab) {
+            Some(id) => Err(Error::usage(format!(
+                "token id {id} is outside the vocabulary of {vocab}"
+            ))),
+            None => Ok(ids),
+        }
+    }
+}
+
+fn cross_entropy(logits: &Tensor, labels: &Tensor) -> candle_core::Result<Tensor> {
+    candle_nn::loss::cross_entropy(logits, &labels.flatten_all()?)
+}
+
+/// The values of a tensor on the CPU that this module made.
+fn f32_slice<'a>((storage, layout): &'a (StorageRef<'_>, &Layout)) -> &'a [f32] {
+    let values = match (&**storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => &values[start..end],
+        _ => unreachable!("weights and tables are contiguous f32 tensors"),
+    };
+    values
 }

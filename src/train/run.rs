@@ -292,8 +292,7 @@ impl Session<'_> {
         let Some(sampler) = &self.sampler else {
             return Ok(None);
         };
-        let model = trainer.model().for_inference();
-        let text = sampler.text(&model, self.config.train.seed)?;
+        let text = sampler.text(trainer.model(), self.config.train.seed)?;
         self.metrics.sample(trainer.step_count(), &text)?;
         self.observer.sampled(trainer.step_count(), &text);
         Ok(Some(text))

@@ -49,7 +49,7 @@ impl Sampler {
                 break;
             }
             let input = Tensor::new(context, model.device())?.unsqueeze(0)?;
-            let logits = model.forward(&input, None)?.logits;
+            let logits = model.logits(&input)?;
             let last = logits
                 .squeeze(0)?
                 .get(context.len() - 1)?

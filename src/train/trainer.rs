@@ -230,23 +230,14 @@ impl Trainer {
         let mut gradients: Vec<Tensor> = Vec::new();
         for _ in 0..accum {
             let (ids, labels) = to_tensors(&self.loader.next()?, &self.device)?;
-            let micro_loss = self.model.loss(&ids, &labels)?;
-            loss += micro_loss.to_scalar::<f32>()? as f64 / accum as f64;
-            let mut store = (micro_loss * (1.0 / accum as f64))?.backward()?;
-            let parameters = self.model.parameters();
+            let scale = 1.0 / accum as f64;
+            let (micro_loss, micro) = self.model.loss_and_gradients(&ids, &labels, scale)?;
+            loss += micro_loss * scale;
             if gradients.is_empty() {
-                gradients.reserve(parameters.iter().len());
-                for parameter in parameters.iter() {
-                    let gradient = store.remove(&parameter.var).ok_or_else(|| {
-                        Error::training(format!("no gradient reached {}", parameter.name))
-                    })?;
-                    gradients.push(gradient);
-                }
+                gradients = micro;
             } else {
-                for (parameter, sum) in parameters.iter().zip(&mut gradients) {
-                    if let Some(gradient) = store.remove(&parameter.var) {
-                        *sum = (&*sum + gradient)?;
-                    }
+                for (sum, gradient) in gradients.iter_mut().zip(micro) {
+                    *sum = (&*sum + gradient)?;
                 }
             }
         }
@@ -314,7 +305,6 @@ impl Trainer {
         let Some(validation) = &self.validation else {
             return Ok(None);
         };
-        let model = self.model.for_inference();
         let batches = validation.sequential_batches(
             self.config.train.seq_len,
             self.config.train.micro_batch,
@@ -325,7 +315,7 @@ impl Trainer {
         for batch in batches {
             let batch = batch?;
             let (ids, labels) = to_tensors(&batch, &self.device)?;
-            sum += model.loss(&ids, &labels)?.to_scalar::<f32>()? as f64 * batch.rows as f64;
+            sum += self.model.loss(&ids, &labels)? * batch.rows as f64;
             rows += batch.rows;
         }
         let loss = sum / rows as f64;

@@ -1,11 +1,58 @@
-//! The formulas in candle primitives: any device, gradients by candle.
+//! The operations a layer is made of, spelt in candle primitives: any device, gradients by candle.
+//! They are the oracle of the faster forms.
 
 use candle_core::{D, Device, Result, Tensor};
 use candle_nn::ops::softmax;
 
-use super::{Heads, Rope};
-use crate::model::Activation;
+use super::config::Activation;
 
+/// Head layout of grouped-query attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+impl Heads {
+    /// Features of the fused query, key and value projection.
+    pub fn qkv_features(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+}
+
+/// Rotary tables: `cos` and `sin` of position x theta^(-2i/head_dim), (max_seq_len,
+/// head_dim / 2), f32 angles as `transformers` computes them (RoFormer, arXiv 2104.09864).
+#[derive(Clone, Debug)]
+pub struct Rope {
+    pub(super) cos: Tensor,
+    pub(super) sin: Tensor,
+}
+
+impl Rope {
+    pub fn new(head_dim: usize, max_seq_len: usize, theta: f64, device: &Device) -> Result<Self> {
+        let half = head_dim / 2;
+        let inverse_frequency: Vec<f32> = (0..half)
+            .map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64) as f32)
+            .collect();
+        let table = |f: fn(f64) -> f64| {
+            let values: Vec<f32> = (0..max_seq_len)
+                .flat_map(|position| {
+                    inverse_frequency
+                        .iter()
+                        .map(move |frequency| f((position as f32 * frequency) as f64) as f32)
+                })
+                .collect();
+            Tensor::from_vec(values, (max_seq_len, half), device)
+        };
+        Ok(Self {
+            cos: table(f64::cos)?,
+            sin: table(f64::sin)?,
+        })
+    }
+}
+
+/// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension (arXiv 1910.07467).
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
     x.broadcast_div(&(mean_square + eps)?.sqrt()?)?
@@ -41,6 +88,9 @@ fn ternary_codes(w: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((straight_through(&codes, &scaled)?, b))
 }
 
+/// BitLinear over one or several weights that share the input: x (..., K), weights (N_i, K)
+/// -> (..., sum N_i). Int8 codes per token, ternary codes per weight, exact integer sums,
+/// straight-through gradients ("The Era of 1-bit LLMs: Training Tips, Code and FAQ").
 pub fn bit_linear(x: &Tensor, weights: &[&Tensor]) -> Result<Tensor> {
     let (xq, s) = activation_codes(x)?;
     let rows = xq.flatten_to(xq.rank() - 2)?;
@@ -83,6 +133,8 @@ fn causal_mask(seq: usize, device: &Device) -> Result<Tensor> {
     Tensor::from_vec(mask, (seq, seq), device)
 }
 
+/// Rotary embedding and causal grouped-query attention: qkv (batch, seq, qkv_features)
+/// -> (batch, seq, heads * head_dim). Scores are scaled by 1/sqrt(head_dim).
 pub fn attention(qkv: &Tensor, heads: Heads, rope: &Rope) -> Result<Tensor> {
     let Heads {
         heads,
@@ -114,6 +166,7 @@ pub fn attention(qkv: &Tensor, heads: Heads, rope: &Rope) -> Result<Tensor> {
         .reshape((batch, seq, heads * head_dim))
 }
 
+/// `act(gate) * up`: gate_up (..., 2I), gate first -> (..., I).
 pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
     let features = gate_up.dim(D::Minus1)? / 2;
     let gate = gate_up.narrow(D::Minus1, 0, features)?;
@@ -123,8 +176,4 @@ pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tens
         Activation::Relu2 => gate.relu()?.sqr()?,
     };
     gate.mul(&up)
-}
-
-pub fn lm_loss(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    candle_nn::loss::cross_entropy(&hidden.matmul(&weight.t()?)?, targets)
 }

@@ -2,24 +2,24 @@
 //! scores live only for one block; the backward recomputes them from the saved log-sum-exp.
 
 use std::ops::Range;
-use std::sync::Mutex;
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::gemm::{Mat, Threads, Write, matmul};
-use super::storage::{Reader, slice};
-use crate::model::ops::{Heads, Rope};
+use crate::model::ops::Heads;
 use crate::simd::{dot, exp, max_by, sum, vectorized};
 
 /// Queries whose scores exist at a time.
 const QUERY_BLOCK: usize = 64;
 
-struct Attention {
-    heads: Heads,
-    rope: Rope,
-    /// Log-sum-exp of the scores, (batch, kv_heads, group, seq), for the backward.
-    log_sum_exp: Mutex<Vec<f32>>,
+/// Rotary embedding and causal grouped-query attention over sequences of `seq` tokens: qkv
+/// (batch * seq, qkv_features) -> (batch * seq, heads * head_dim).
+pub struct Attention<'a> {
+    pub heads: Heads,
+    pub seq: usize,
+    /// Rotary tables, (at least seq, head_dim / 2).
+    pub cos: &'a [f32],
+    pub sin: &'a [f32],
 }
 
 vectorized! {
@@ -93,7 +93,6 @@ vectorized! {
 /// One sequence's (seq, features) activations, read and written by head.
 #[derive(Clone, Copy)]
 struct HeadLayout {
-    seq: usize,
     features: usize,
     head_dim: usize,
 }
@@ -101,7 +100,7 @@ struct HeadLayout {
 impl HeadLayout {
     fn gather(&self, source: &[f32], head: usize) -> Vec<f32> {
         let first = head * self.head_dim;
-        let mut rows = Vec::with_capacity(self.seq * self.head_dim);
+        let mut rows = Vec::with_capacity(source.len() / self.features * self.head_dim);
         for token in source.chunks_exact(self.features) {
             rows.extend_from_slice(&token[first..first + self.head_dim]);
         }
@@ -127,19 +126,18 @@ fn query_blocks(seq: usize) -> impl Iterator<Item = (Range<usize>, usize)> {
     })
 }
 
-impl Attention {
-    fn qkv_layout(&self, seq: usize) -> HeadLayout {
+impl Attention<'_> {
+    fn qkv_layout(&self) -> HeadLayout {
         HeadLayout {
-            seq,
             features: self.heads.qkv_features(),
             head_dim: self.heads.head_dim,
         }
     }
 
-    fn out_layout(&self, seq: usize) -> HeadLayout {
+    fn out_layout(&self) -> HeadLayout {
         HeadLayout {
             features: self.heads.heads * self.heads.head_dim,
-            ..self.qkv_layout(seq)
+            head_dim: self.heads.head_dim,
         }
     }
 
@@ -253,33 +251,33 @@ impl Attention {
         dq
     }
 
-    /// Runs `task(sequence, kv_head)` for all in parallel, results in order.
+    /// Runs `task(sequence, kv_head)` for all in parallel; all results of a sequence, in order.
     fn for_each_kv_head<T: Send>(
         &self,
         batch: usize,
-        task: impl Fn(usize, usize) -> T + Sync,
-    ) -> Vec<T> {
+        task: impl Fn(usize, usize) -> Vec<T> + Sync,
+    ) -> Vec<Vec<T>> {
         let kv_heads = self.heads.kv_heads;
-        (0..batch * kv_heads)
+        (0..batch)
             .into_par_iter()
-            .map(|i| task(i / kv_heads, i % kv_heads))
+            .map(|sequence| {
+                (0..kv_heads)
+                    .into_par_iter()
+                    .flat_map(|kv_head| task(sequence, kv_head))
+                    .collect()
+            })
             .collect()
     }
 
     /// One group's rotated queries, rotated keys, and values.
-    fn group_inputs(
-        &self,
-        qkv: &[f32],
-        layout: HeadLayout,
-        kv_head: usize,
-        (cos, sin): (&[f32], &[f32]),
-    ) -> (Vec<Vec<f32>>, Vec<f32>, Vec<f32>) {
+    fn group_inputs(&self, qkv: &[f32], kv_head: usize) -> (Vec<Vec<f32>>, Vec<f32>, Vec<f32>) {
         let Heads {
             heads, kv_heads, ..
         } = self.heads;
+        let layout = self.qkv_layout();
         let rotated = |head| {
             let mut rows = layout.gather(qkv, head);
-            rotate(&mut rows, cos, sin, layout.head_dim, false);
+            rotate(&mut rows, self.cos, self.sin, layout.head_dim, false);
             rows
         };
         let first = kv_head * self.group();
@@ -287,102 +285,76 @@ impl Attention {
         let values = layout.gather(qkv, heads + kv_heads + kv_head);
         (queries, rotated(heads + kv_head), values)
     }
-}
 
-impl CustomOp1 for Attention {
-    fn name(&self) -> &'static str {
-        "attention"
-    }
-
-    fn cpu_fwd(&self, qkv: &CpuStorage, qkv_layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let qkv = slice(qkv, qkv_layout)?;
-        let (batch, seq, features) = qkv_layout.shape().dims3()?;
-        if seq > self.rope.cos.dim(0)? {
-            bail!("attention: {seq} positions, the rotary tables hold fewer");
-        }
-        let (cos, sin) = (Reader::new(&self.rope.cos), Reader::new(&self.rope.sin));
-        let angles = (cos.slice()?, sin.slice()?);
-        let layout = self.qkv_layout(seq);
-        let groups = self.for_each_kv_head(batch, |sequence, kv_head| {
-            let qkv = &qkv[sequence * seq * features..][..seq * features];
-            let (queries, k, v) = self.group_inputs(qkv, layout, kv_head, angles);
-            queries
-                .iter()
-                .map(|q| self.head_forward(q, &k, &v))
-                .collect::<Vec<_>>()
+    /// The output, and the log-sum-exp of the scores for the backward: (batch, heads, seq).
+    pub fn forward(&self, qkv: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let (layout, out_layout) = (self.qkv_layout(), self.out_layout());
+        let (size, out_size) = (self.seq * layout.features, self.seq * out_layout.features);
+        let batch = qkv.len() / size;
+        let sequences = self.for_each_kv_head(batch, |sequence, kv_head| {
+            let (queries, k, v) = self.group_inputs(&qkv[sequence * size..][..size], kv_head);
+            let heads = queries.iter().map(|q| self.head_forward(q, &k, &v));
+            heads.collect()
         });
-
-        let out_layout = self.out_layout(seq);
-        let mut out = vec![0f32; batch * seq * out_layout.features];
-        let mut log_sum_exp = Vec::with_capacity(batch * self.heads.heads * seq);
-        for (index, (rows, lse)) in groups.into_iter().flatten().enumerate() {
-            let (sequence, head) = (index / self.heads.heads, index % self.heads.heads);
-            let size = seq * out_layout.features;
-            out_layout.scatter(&rows, &mut out[sequence * size..][..size], head);
-            log_sum_exp.extend(lse);
-        }
-        *self.log_sum_exp.lock().unwrap_or_else(|e| e.into_inner()) = log_sum_exp;
-        Ok((
-            CpuStorage::F32(out),
-            (batch, seq, out_layout.features).into(),
-        ))
+        let mut out = vec![0f32; batch * out_size];
+        let mut log_sum_exp = vec![0f32; batch * self.heads.heads * self.seq];
+        out.par_chunks_mut(out_size)
+            .zip(log_sum_exp.par_chunks_mut(self.heads.heads * self.seq))
+            .zip(sequences)
+            .for_each(|((out, log_sum_exp), heads)| {
+                let log_sum_exp = log_sum_exp.chunks_exact_mut(self.seq);
+                for (head, ((rows, lse), log_sum_exp)) in heads.iter().zip(log_sum_exp).enumerate()
+                {
+                    out_layout.scatter(rows, out, head);
+                    log_sum_exp.copy_from_slice(lse);
+                }
+            });
+        (out, log_sum_exp)
     }
 
-    fn bwd(&self, qkv: &Tensor, out: &Tensor, dout: &Tensor) -> Result<Option<Tensor>> {
-        let dout = dout.contiguous()?;
-        let (batch, seq, features) = qkv.dims3()?;
-        let (qkv_read, out_read, dout_read) =
-            (Reader::new(qkv), Reader::new(out), Reader::new(&dout));
-        let (qkvs, outs, douts) = (qkv_read.slice()?, out_read.slice()?, dout_read.slice()?);
-        let (cos, sin) = (Reader::new(&self.rope.cos), Reader::new(&self.rope.sin));
-        let (cos, sin) = (cos.slice()?, sin.slice()?);
-        let log_sum_exp = self.log_sum_exp.lock().unwrap_or_else(|e| e.into_inner());
-        let (layout, out_layout) = (self.qkv_layout(seq), self.out_layout(seq));
-        let (
-            group,
-            Heads {
-                heads, kv_heads, ..
-            },
-        ) = (self.group(), self.heads);
-
-        let groups = self.for_each_kv_head(batch, |sequence, kv_head| {
-            let qkv = &qkvs[sequence * seq * features..][..seq * features];
-            let outs_of_sequence = sequence * seq * out_layout.features;
-            let out = &outs[outs_of_sequence..][..seq * out_layout.features];
-            let dout = &douts[outs_of_sequence..][..seq * out_layout.features];
-            let (queries, k, v) = self.group_inputs(qkv, layout, kv_head, (cos, sin));
+    /// Gradient of qkv.
+    pub fn backward(
+        &self,
+        qkv: &[f32],
+        out: &[f32],
+        dout: &[f32],
+        log_sum_exp: &[f32],
+    ) -> Vec<f32> {
+        let (layout, out_layout) = (self.qkv_layout(), self.out_layout());
+        let (size, out_size) = (self.seq * layout.features, self.seq * out_layout.features);
+        let Heads {
+            heads, kv_heads, ..
+        } = self.heads;
+        let group = self.group();
+        let batch = qkv.len() / size;
+        let sequences = self.for_each_kv_head(batch, |sequence, kv_head| {
+            let out = &out[sequence * out_size..][..out_size];
+            let dout = &dout[sequence * out_size..][..out_size];
+            let (queries, k, v) = self.group_inputs(&qkv[sequence * size..][..size], kv_head);
             let (mut dk, mut dv) = (vec![0f32; k.len()], vec![0f32; v.len()]);
             let mut gradients = Vec::with_capacity(group + 2);
             for (i, q) in queries.iter().enumerate() {
                 let head = kv_head * group + i;
                 let (out, dout) = (out_layout.gather(out, head), out_layout.gather(dout, head));
-                let lse = &log_sum_exp[(sequence * heads + head) * seq..][..seq];
+                let lse = &log_sum_exp[(sequence * heads + head) * self.seq..][..self.seq];
                 let mut dq =
                     self.head_backward((q, &k, &v), (&out, &dout), lse, (&mut dk, &mut dv));
-                rotate(&mut dq, cos, sin, layout.head_dim, true);
+                rotate(&mut dq, self.cos, self.sin, layout.head_dim, true);
                 gradients.push((head, dq));
             }
-            rotate(&mut dk, cos, sin, layout.head_dim, true);
+            rotate(&mut dk, self.cos, self.sin, layout.head_dim, true);
             gradients.push((heads + kv_head, dk));
             gradients.push((heads + kv_heads + kv_head, dv));
             gradients
         });
-
-        let mut dqkv = vec![0f32; qkvs.len()];
-        for (index, gradients) in groups.into_iter().enumerate() {
-            let first = index / kv_heads * seq * features;
-            for (head, rows) in gradients {
-                layout.scatter(&rows, &mut dqkv[first..][..seq * features], head);
-            }
-        }
-        Tensor::from_vec(dqkv, qkv.shape(), qkv.device()).map(Some)
+        let mut dqkv = vec![0f32; qkv.len()];
+        dqkv.par_chunks_mut(size)
+            .zip(sequences)
+            .for_each(|(dqkv, gradients)| {
+                for (head, rows) in gradients {
+                    layout.scatter(&rows, dqkv, head);
+                }
+            });
+        dqkv
     }
-}
-
-pub fn attention(qkv: &Tensor, heads: Heads, rope: &Rope) -> Result<Tensor> {
-    qkv.contiguous()?.apply_op1(Attention {
-        heads,
-        rope: rope.clone(),
-        log_sum_exp: Mutex::new(Vec::new()),
-    })
 }

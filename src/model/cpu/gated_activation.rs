@@ -1,14 +1,10 @@
-use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
+//! The gate of the feed-forward network (SwiGLU of arXiv 2002.05202, or squared ReLU).
+
 use rayon::prelude::*;
 
 use super::ROWS_PER_TASK;
-use super::storage::{Reader, slice};
 use crate::model::Activation;
 use crate::simd::{exp, vectorized};
-
-struct GatedActivation {
-    activation: Activation,
-}
 
 /// Value and derivative of the gate's activation.
 #[inline(always)]
@@ -83,43 +79,24 @@ vectorized! {
     }
 }
 
-impl CustomOp1 for GatedActivation {
-    fn name(&self) -> &'static str {
-        "gated_activation"
-    }
-
-    fn cpu_fwd(&self, gate_up: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let gate_up = slice(gate_up, layout)?;
-        let mut dims = layout.dims().to_vec();
-        let last = dims.len() - 1;
-        dims[last] /= 2;
-        let features = dims[last];
-        let mut y = vec![0f32; gate_up.len() / 2];
-        y.par_chunks_mut(ROWS_PER_TASK * features)
-            .zip(gate_up.par_chunks(ROWS_PER_TASK * 2 * features))
-            .for_each(|(y, gate_up)| forward_rows(y, gate_up, features, self.activation));
-        Ok((CpuStorage::F32(y), dims.into()))
-    }
-
-    fn bwd(&self, gate_up: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let dy = dy.contiguous()?;
-        let features = dy.dim(D::Minus1)?;
-        let (read, dy_read) = (Reader::new(gate_up), Reader::new(&dy));
-        let (source, dys) = (read.slice()?, dy_read.slice()?);
-        let mut gradient = vec![0f32; source.len()];
-        gradient
-            .par_chunks_mut(ROWS_PER_TASK * 2 * features)
-            .zip(source.par_chunks(ROWS_PER_TASK * 2 * features))
-            .zip(dys.par_chunks(ROWS_PER_TASK * features))
-            .for_each(|((gradient, source), dy)| {
-                backward_rows(gradient, source, dy, features, self.activation);
-            });
-        Tensor::from_vec(gradient, gate_up.shape(), gate_up.device()).map(Some)
-    }
+/// `act(gate) * up`: gate_up (rows, 2 * features), gate first -> (rows, features).
+pub fn forward(gate_up: &[f32], features: usize, activation: Activation) -> Vec<f32> {
+    let mut y = vec![0f32; gate_up.len() / 2];
+    y.par_chunks_mut(ROWS_PER_TASK * features)
+        .zip(gate_up.par_chunks(ROWS_PER_TASK * 2 * features))
+        .for_each(|(y, gate_up)| forward_rows(y, gate_up, features, activation));
+    y
 }
 
-pub fn gated_activation(gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
-    gate_up
-        .contiguous()?
-        .apply_op1(GatedActivation { activation })
+/// Gradient of gate_up.
+pub fn backward(gate_up: &[f32], dy: &[f32], features: usize, activation: Activation) -> Vec<f32> {
+    let mut gradient = vec![0f32; gate_up.len()];
+    gradient
+        .par_chunks_mut(ROWS_PER_TASK * 2 * features)
+        .zip(gate_up.par_chunks(ROWS_PER_TASK * 2 * features))
+        .zip(dy.par_chunks(ROWS_PER_TASK * features))
+        .for_each(|((gradient, gate_up), dy)| {
+            backward_rows(gradient, gate_up, dy, features, activation);
+        });
+    gradient
 }
