@@ -1,12 +1,11 @@
-//! The memory estimate against every byte that the composed operations really allocate: they are
+//! The memory estimate against every byte that the candle operations really allocate: they are
 //! what runs on CUDA, here they run on the CPU under an allocator that counts.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use candle_core::{DType, Device, Tensor};
-use titanbit::model::ops::{Heads, Rope, composed};
-use titanbit::model::{Activation, BitNetConfig, BitNetTransformer, MemoryEstimate, Parameters};
+use titanbit::model::{Activation, BitNetConfig, BitNetTransformer, MemoryEstimate};
 
 struct Counting;
 
@@ -39,66 +38,6 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// The network of `transformer.rs` over the composed operations, (batch, seq) ids -> loss.
-fn loss(
-    config: &BitNetConfig,
-    weights: &Parameters,
-    ids: &Tensor,
-    labels: &Tensor,
-) -> candle_core::Result<Tensor> {
-    let weight = |name: &str| {
-        let name = format!("{name}.weight");
-        let found = weights.iter().find(|p| p.name == name).unwrap();
-        found.var.as_tensor().clone()
-    };
-    let eps = config.rms_norm_eps;
-    let heads = Heads {
-        heads: config.heads,
-        kv_heads: config.kv_heads,
-        head_dim: config.head_dim(),
-    };
-    let rope = Rope::new(
-        heads.head_dim,
-        config.max_seq_len,
-        config.rope_theta,
-        ids.device(),
-    )?;
-    let (batch, seq) = ids.dims2()?;
-    let embedding = weight("model.embed_tokens");
-    let mut x = embedding.index_select(&ids.flatten_all()?, 0)?.reshape((
-        batch,
-        seq,
-        config.hidden_size,
-    ))?;
-    for layer in 0..config.layers {
-        let weight = |name: &str| weight(&format!("model.layers.{layer}.{name}"));
-        let norm = |x: &Tensor, name: &str| composed::rms_norm(x, &weight(name), eps);
-        let linear = |x: &Tensor, names: &[&str]| {
-            let weights: Vec<Tensor> = names.iter().map(|name| weight(name)).collect();
-            composed::bit_linear(x, &weights.iter().collect::<Vec<_>>())
-        };
-        let n = norm(&x, "input_layernorm")?;
-        let qkv = linear(
-            &n,
-            &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        )?;
-        let a = composed::attention(&qkv, heads, &rope)?;
-        let a = norm(&a, "self_attn.attn_sub_norm")?;
-        let h = (x + linear(&a, &["self_attn.o_proj"])?)?;
-        let n = norm(&h, "post_attention_layernorm")?;
-        let gate_up = linear(&n, &["mlp.gate_proj", "mlp.up_proj"])?;
-        let f = composed::gated_activation(&gate_up, config.activation)?;
-        let f = norm(&f, "mlp.ffn_sub_norm")?;
-        x = (h + linear(&f, &["mlp.down_proj"])?)?;
-    }
-    let hidden = composed::rms_norm(&x, &weight("model.norm"), eps)?.flatten(0, 1)?;
-    let head = match config.tie_embeddings {
-        true => embedding,
-        false => weight("lm_head"),
-    };
-    composed::lm_loss(&hidden, &head, &labels.flatten_all()?)
-}
-
 /// Bytes allocated at the peak of a forward and backward pass, beyond the weights. The first
 /// pass also allocates the scratch that matrix products keep; the second is the one measured.
 fn measured_peak(config: &BitNetConfig, batch: usize, seq: usize) -> usize {
@@ -107,7 +46,7 @@ fn measured_peak(config: &BitNetConfig, batch: usize, seq: usize) -> usize {
     let pass = || {
         let before = LIVE.load(SeqCst);
         PEAK.store(before, SeqCst);
-        let loss = loss(config, model.parameters(), &ids, &ids).unwrap();
+        let loss = model.forward(&ids, Some(&ids)).unwrap().loss.unwrap();
         let _gradients = loss.backward().unwrap();
         PEAK.load(SeqCst) - before
     };
@@ -118,7 +57,7 @@ fn measured_peak(config: &BitNetConfig, batch: usize, seq: usize) -> usize {
 /// One test, so that nothing else allocates meanwhile. The shapes move the peak to each of the
 /// places where it can be.
 #[test]
-fn the_estimate_is_what_the_composed_operations_allocate() {
+fn the_estimate_is_what_candle_operations_allocate() {
     let base = BitNetConfig {
         vocab_size: 64,
         hidden_size: 128,

@@ -73,24 +73,38 @@ fn check(name: &str) {
     let model = reference.model();
     let (ids, labels) = (reference.ids("ids"), reference.ids("labels"));
     let output = model.forward(&ids, Some(&labels)).unwrap();
-    let logits = error(&output.logits, &reference.tensors["logits"]);
-    assert!(logits < 1e-5, "{name}: logits differ by {logits}");
+    for logits in [&output.logits, &model.logits(&ids).unwrap()] {
+        let difference = error(logits, &reference.tensors["logits"]);
+        assert!(difference < 1e-5, "{name}: logits differ by {difference}");
+    }
 
-    let loss = model.loss(&ids, &labels).unwrap();
-    for loss in [&loss, &output.loss.unwrap()] {
-        let difference = error(loss, &reference.tensors["loss"]);
+    let graph_loss = output.loss.unwrap();
+    let store = graph_loss.backward().unwrap();
+    let by_graph = model
+        .parameters()
+        .iter()
+        .map(|p| store.get(&p.var).unwrap());
+    let by_graph: Vec<Tensor> = by_graph.cloned().collect();
+    let (loss, by_hand) = model.loss_and_gradients(&ids, &labels, 1.0).unwrap();
+
+    let want = &reference.tensors["loss"];
+    let loss_only = model.loss(&ids, &labels).unwrap();
+    assert_eq!(loss, loss_only);
+    for loss in [graph_loss, Tensor::new(loss as f32, &Device::Cpu).unwrap()] {
+        let difference = error(&loss, want);
         assert!(difference < 1e-6, "{name}: loss differs by {difference}");
     }
-    let gradients = loss.backward().unwrap();
-    for parameter in model.parameters().iter() {
-        let got = gradients.get(&parameter.var).expect("a gradient");
-        let want = &reference.tensors[&format!("grad.{}", parameter.name)];
-        let difference = error(got, want);
-        assert!(
-            difference < 2e-5,
-            "{name}: gradient of {} differs by {difference}",
-            parameter.name
-        );
+    for (what, gradients) in [("candle", by_graph), ("explicit", by_hand)] {
+        assert_eq!(gradients.len(), model.parameters().iter().len());
+        for (parameter, got) in model.parameters().iter().zip(&gradients) {
+            let want = &reference.tensors[&format!("grad.{}", parameter.name)];
+            let difference = error(got, want);
+            assert!(
+                difference < 2e-5,
+                "{name}: {what} gradient of {} differs by {difference}",
+                parameter.name
+            );
+        }
     }
 }
 
@@ -109,17 +123,23 @@ fn tied_embeddings() {
     check("bitnet_reference_tied");
 }
 
+/// Gradients scale with the loss's factor; what is wrong is said before anything is computed.
 #[test]
-fn inference_view_gives_the_same_loss_and_records_nothing() {
+fn scaled_gradients_and_ids_out_of_range() {
     let reference = Reference::load("bitnet_reference");
     let model = reference.model();
-    let view = model.for_inference();
     let (ids, labels) = (reference.ids("ids"), reference.ids("labels"));
-    let loss = view.loss(&ids, &labels).unwrap();
-    assert!(!loss.track_op());
-    let trained = model.loss(&ids, &labels).unwrap();
-    assert_eq!(
-        loss.to_scalar::<f32>().unwrap(),
-        trained.to_scalar::<f32>().unwrap()
-    );
+    let (loss, full) = model.loss_and_gradients(&ids, &labels, 1.0).unwrap();
+    let (same_loss, quarter) = model.loss_and_gradients(&ids, &labels, 0.25).unwrap();
+    assert_eq!(loss, same_loss);
+    for (full, quarter) in full.iter().zip(&quarter) {
+        assert!(error(&(quarter * 4.0).unwrap(), full) < 1e-6);
+    }
+    let vocab = model.config().vocab_size;
+    let outside = Tensor::full(vocab as u32, ids.shape(), &Device::Cpu).unwrap();
+    for (ids, labels) in [(&ids, &outside), (&outside, &labels)] {
+        let message = model.loss(ids, labels).unwrap_err().to_string();
+        assert!(message.contains(&format!("id {vocab} is outside the vocabulary of {vocab}")));
+    }
+    assert!(!model.logits(&ids).unwrap().track_op());
 }

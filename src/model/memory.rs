@@ -32,8 +32,8 @@ impl ModelBytes {
 
 /// Bytes on the device at the peak of a training step.
 ///
-/// It follows the composed operations ([`super::ops::composed`], what runs on CUDA) and candle's
-/// autograd tensor by tensor. Not counted: the CUDA context and cuBLAS (about half a GiB), the
+/// It follows the candle operations ([`super::ops`], what runs on CUDA) and candle's autograd
+/// tensor by tensor. Not counted: the CUDA context and cuBLAS (about half a GiB), the
 /// rotary tables (below a MiB), and what the allocator rounds up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryEstimate {
