@@ -1,6 +1,7 @@
 //! With the `cuda` feature: compiles each `kernels/*.cu` to a fatbin of the same name in `OUT_DIR`,
 //! with machine code for A100 (sm_80), L20/L40S/RTX 40xx (sm_89) and H100/H200 (sm_90a), and PTX
-//! for the driver to compile on anything newer. Without it: nothing.
+//! for the driver to compile on anything newer; and the loader of the driver library. Without it:
+//! nothing.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,11 +19,15 @@ fn main() {
         return;
     }
     println!("cargo::rerun-if-changed=kernels");
+    println!("cargo::rerun-if-changed=src/cuda/driver.c");
     for variable in ["CUDA_HOME", "CUDA_PATH", "PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     let nvcc = find_nvcc();
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    if env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "linux") {
+        link_driver_loader(&nvcc, &out_dir);
+    }
     for entry in fs::read_dir("kernels").expect("the crate has a kernels directory") {
         let source = entry.expect("kernels is readable").path();
         if source
@@ -60,16 +65,28 @@ fn find_nvcc() -> PathBuf {
 }
 
 fn compile(nvcc: &Path, source: &Path, fatbin: &Path) {
-    let status = Command::new(nvcc)
+    let targets = TARGETS.iter().flat_map(|target| ["-gencode", target]);
+    run(Command::new(nvcc)
         .args(["-fatbin", "-O3", "-std=c++17", "-Werror", "all-warnings"])
-        .args(TARGETS.iter().flat_map(|target| ["-gencode", target]))
+        .args(targets)
         .arg("-o")
-        .args([fatbin, source])
+        .args([fatbin, source]));
+}
+
+/// Links `src/cuda/driver.c` whole, so that it stands before libcuda.
+fn link_driver_loader(nvcc: &Path, out_dir: &Path) {
+    let library = out_dir.join("libcuda_driver_loader.a");
+    run(Command::new(nvcc)
+        .args(["-lib", "-O2", "-Xcompiler", "-fPIC", "-o"])
+        .arg(&library)
+        .arg("src/cuda/driver.c"));
+    println!("cargo::rustc-link-search=native={}", out_dir.display());
+    println!("cargo::rustc-link-lib=static:+whole-archive=cuda_driver_loader");
+}
+
+fn run(command: &mut Command) {
+    let status = command
         .status()
-        .unwrap_or_else(|error| panic!("cannot run {}: {error}", nvcc.display()));
-    assert!(
-        status.success(),
-        "nvcc could not compile {}",
-        source.display()
-    );
+        .unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
+    assert!(status.success(), "failed: {command:?}");
 }

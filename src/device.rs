@@ -49,12 +49,12 @@ fn cuda(_ordinal: usize) -> Result<Device> {
 fn cuda(ordinal: usize) -> Result<Device> {
     let device = candle_core::CudaDevice::new_with_stream(ordinal).map_err(|error| {
         // candle appends a backtrace on further lines when RUST_BACKTRACE is set.
-        let reason = error
-            .to_string()
-            .lines()
-            .next()
-            .unwrap_or_default()
-            .to_owned();
+        let text = error.to_string();
+        let reason = match text.lines().next().unwrap_or_default() {
+            // What `cuda/driver.c` answers.
+            line if line.contains("CUDA_ERROR_STUB_LIBRARY") => "no driver: libcuda.so.1 not found",
+            line => line,
+        };
         Error::usage(format!(
             "no usable NVIDIA GPU as cuda:{ordinal} ({reason}); \
              look at `nvidia-smi`, or use --device cpu"

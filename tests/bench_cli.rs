@@ -1,6 +1,9 @@
 //! `titanbit bench` through the binary.
 
+mod common;
+
 use assert_cmd::Command;
+use common::assert_refused;
 use predicates::prelude::*;
 use predicates::str::contains;
 use serde_json::Value;
@@ -10,12 +13,9 @@ fn bench(args: &[&str]) -> assert_cmd::assert::Assert {
     command.arg("bench").args(args).assert()
 }
 
-/// The command must fail with exit code 2, print one line of error and nothing else.
+#[track_caller]
 fn refused(args: &[&str], message: &str) {
-    bench(args)
-        .code(2)
-        .stdout("")
-        .stderr(contains(message).and(predicate::function(|text: &str| text.lines().count() == 1)));
+    assert_refused(bench(args).stdout("").get_output(), 2, &[message]);
 }
 
 #[test]

@@ -1,7 +1,10 @@
 //! The CUDA kernels against references on the CPU. Without a GPU each test prints that it is skipped.
 #![cfg(feature = "cuda")]
 
+mod common;
+
 use candle_core::{CudaDevice, Device};
+use common::exact_product;
 use titanbit::cuda::{CudaPackedTernary, TernaryMatmul};
 use titanbit::quant::PackedTernary;
 
@@ -43,18 +46,6 @@ impl Random {
     }
 }
 
-/// The definition: y[i][j] = sum over l of x[i][l] * w[j][l], in i64.
-fn reference(x: &[i8], w: &[i8], k: usize) -> Vec<i64> {
-    x.chunks_exact(k)
-        .flat_map(|x| {
-            w.chunks_exact(k).map(move |w| {
-                let products = x.iter().zip(w).map(|(&x, &w)| i64::from(x) * i64::from(w));
-                products.sum()
-            })
-        })
-        .collect()
-}
-
 /// Runs the kernel with `x` starting `offset` values into its buffer, and checks every value of the
 /// output and that nothing around it was touched.
 fn check(device: &CudaDevice, x: &[i8], offset: usize, (w, n, k): (&[i8], usize, usize)) {
@@ -79,7 +70,7 @@ fn check(device: &CudaDevice, x: &[i8], offset: usize, (w, n, k): (&[i8], usize,
     let (before, rest) = y.split_at(GUARD);
     let (y, after) = rest.split_at(m * n);
     let shape = format!("m {m}, k {k}, n {n}, offset {offset}");
-    for (at, (&y, expected)) in y.iter().zip(reference(x, w, k)).enumerate() {
+    for (at, (&y, expected)) in y.iter().zip(exact_product(x, w, k)).enumerate() {
         assert_eq!(
             i64::from(y),
             expected,

@@ -1,11 +1,14 @@
 //! `titanbit info` through the binary: every mode in words and in JSON, and every wrong question.
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use assert_cmd::Command;
 use candle_core::{Device, Tensor};
+use common::assert_refused;
 use serde_json::Value;
 use tempfile::TempDir;
 use titanbit::config::Config;
@@ -16,6 +19,13 @@ use titanbit::train::checkpoint::{CheckpointDir, Progress};
 fn info(args: &[&str]) -> Output {
     let mut command = Command::cargo_bin("titanbit").unwrap();
     command.arg("info").args(args).output().unwrap()
+}
+
+#[track_caller]
+fn refused(args: &[&str], code: i32, says: &[&str]) {
+    let output = info(args);
+    assert_refused(&output, code, says);
+    assert!(output.stdout.is_empty(), "{args:?}");
 }
 
 fn human(args: &[&str]) -> String {
@@ -29,16 +39,6 @@ fn human(args: &[&str]) -> String {
 fn json(args: &[&str]) -> Value {
     let text = human(&[args, &["--json"]].concat());
     serde_json::from_str(&text).unwrap()
-}
-
-/// The one line on standard error of a question refused with exit code `code`.
-fn refusal(args: &[&str], code: i32) -> String {
-    let output = info(args);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
-    assert_eq!(stderr.lines().count(), 1, "{args:?}: {stderr}");
-    assert!(output.stdout.is_empty(), "{args:?}");
-    stderr
 }
 
 /// The line of `text` that starts with `label`, words separated by one space.
@@ -169,20 +169,22 @@ fn the_model_of_a_config() {
     );
     assert!(human(&["--config", config]).contains("2 layers, hidden 768, 12 heads (4 kv) of 64"));
 
-    let long = refusal(&["--config", config, "--seq-len", "9999"], 2);
-    assert!(long.contains("train.seq_len is 9999"), "{long}");
-    let bad = refusal(&["--config", config, "--set", "model.layer=3"], 2);
-    assert!(bad.contains("did you mean `model.layers`"), "{bad}");
+    let long = ["--config", config, "--seq-len", "9999"];
+    refused(&long, 2, &["train.seq_len is 9999"]);
+    let unknown = ["--config", config, "--set", "model.layer=3"];
+    refused(&unknown, 2, &["did you mean `model.layers`"]);
 }
 
 #[test]
 fn wrong_questions_about_models() {
-    let size = refusal(&["--model-size", "2B"], 2);
-    assert!(size.contains("125M, 350M, 700M, 1.3B, 3B"), "{size}");
-    let config = refusal(&["--config", "no/such.yaml"], 2);
-    assert!(config.contains("no/such.yaml does not exist"), "{config}");
-    let zero = refusal(&["--model-size", "125M", "--micro-batch", "0"], 2);
-    assert!(zero.contains("train.micro_batch is 0"), "{zero}");
+    refused(&["--model-size", "2B"], 2, &["125M, 350M, 700M, 1.3B, 3B"]);
+    refused(
+        &["--config", "no/such.yaml"],
+        2,
+        &["no/such.yaml does not exist"],
+    );
+    let zero = ["--model-size", "125M", "--micro-batch", "0"];
+    refused(&zero, 2, &["train.micro_batch is 0"]);
     // More memory than 64 bits count is still an answer: it does not fit.
     let huge = usize::MAX.to_string();
     let report = json(&["--model-size", "3B", "--micro-batch", &huge]);
@@ -267,32 +269,30 @@ fn token_files_that_others_wrote() {
     let nanogpt = dir.path().join("nanogpt.bin");
     fs::write(&nanogpt, tokens).unwrap();
     let nanogpt = nanogpt.to_str().unwrap();
-    assert!(refusal(&["--data", nanogpt], 1).contains("dtype"));
+    refused(&["--data", nanogpt], 1, &["dtype"]);
     assert_eq!(json(&["--data", nanogpt, "--dtype", "u16"])["tokens"], 4);
-    assert!(refusal(&["--data", nanogpt, "--dtype", "u8"], 2).contains("u16 or u32"));
+    refused(&["--data", nanogpt, "--dtype", "u8"], 2, &["u16 or u32"]);
 }
 
 #[test]
 fn damaged_token_files() {
     let dir = TempDir::new().unwrap();
-    let missing = refusal(&["--data", "no/such.bin"], 2);
-    assert!(missing.contains("no/such.bin does not exist"), "{missing}");
+    refused(
+        &["--data", "no/such.bin"],
+        2,
+        &["no/such.bin does not exist"],
+    );
 
     let bin = token_file(dir.path());
     let path = bin.to_str().unwrap();
     let whole = fs::read(&bin).unwrap();
     fs::write(&bin, &whole[..whole.len() - 3]).unwrap();
-    let short = refusal(&["--data", path], 1);
-    assert!(
-        short.contains(path) && short.contains("cut short"),
-        "{short}"
-    );
+    refused(&["--data", path], 1, &[path, "cut short"]);
 
     let mut changed = whole.clone();
     changed[1030] ^= 1;
     fs::write(&bin, changed).unwrap();
-    let damaged = refusal(&["--data", path], 1);
-    assert!(damaged.contains("checksum"), "{damaged}");
+    refused(&["--data", path], 1, &["checksum"]);
 }
 
 /// A checkpoint at step 7 of a two-layer model. Each projection of layer 0 repeats (1, -1, 0, 0),
@@ -389,19 +389,42 @@ fn a_checkpoint() {
 #[test]
 fn what_is_no_whole_checkpoint() {
     let dir = TempDir::new().unwrap();
-    let missing = refusal(&["--checkpoint", "no/such"], 2);
-    assert!(missing.contains("no/such does not exist"), "{missing}");
-    let empty = refusal(&["--checkpoint", dir.path().to_str().unwrap()], 2);
-    assert!(empty.contains("is not a checkpoint"), "{empty}");
+    let missing = ["--checkpoint", "no/such"];
+    refused(&missing, 2, &["no/such does not exist"]);
+    let empty = ["--checkpoint", dir.path().to_str().unwrap()];
+    refused(&empty, 2, &["is not a checkpoint"]);
 
     let checkpoint = checkpoint(dir.path());
     let weights = checkpoint.join("model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&weights, bytes).unwrap();
-    let torn = refusal(&["--checkpoint", checkpoint.to_str().unwrap()], 1);
-    assert!(
-        torn.contains("model.safetensors") && torn.contains("checksum"),
-        "{torn}"
-    );
+    let torn = ["--checkpoint", checkpoint.to_str().unwrap()];
+    refused(&torn, 1, &["model.safetensors", "checksum"]);
+}
+
+/// What nobody reads is no error, what cannot be written is.
+#[cfg(unix)]
+#[test]
+fn answers_that_cannot_be_written() {
+    let binary = env!("CARGO_BIN_EXE_titanbit");
+    let gone = std::process::Command::new(binary)
+        .args(["info", "--model-size", "3B"])
+        .stdout({
+            let (reader, writer) = std::io::pipe().unwrap();
+            drop(reader);
+            writer
+        })
+        .output()
+        .unwrap();
+    assert!(gone.status.success() && gone.stderr.is_empty(), "{gone:?}");
+    #[cfg(target_os = "linux")]
+    {
+        let full = std::process::Command::new(binary)
+            .arg("info")
+            .stdout(fs::File::create("/dev/full").unwrap())
+            .output()
+            .unwrap();
+        assert_refused(&full, 1, &["cannot write", "standard output"]);
+    }
 }

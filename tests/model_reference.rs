@@ -1,5 +1,6 @@
 //! The whole model against stored outputs of `tests/reference/bitnet_reference.py`, a PyTorch
-//! script that shares no code with it: logits, loss and the gradient of every weight.
+//! script that shares no code with it: logits, loss and the gradient of every weight, on the CPU and
+//! on a GPU if this build and machine have one.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -10,10 +11,22 @@ use titanbit::model::{Activation, BitNetConfig, BitNetTransformer, Parameters};
 struct Reference {
     config: BitNetConfig,
     tensors: HashMap<String, Tensor>,
+    device: Device,
+}
+
+fn devices() -> Vec<Device> {
+    let mut devices = vec![Device::Cpu];
+    if cfg!(feature = "cuda") {
+        match titanbit::device::select("cuda") {
+            Ok(gpu) => devices.push(gpu),
+            Err(error) => eprintln!("skipped on the GPU: {error}"),
+        }
+    }
+    devices
 }
 
 impl Reference {
-    fn load(name: &str) -> Self {
+    fn load(name: &str, device: &Device) -> Self {
         let path = Path::new("tests/reference").join(format!("{name}.safetensors"));
         let bytes = std::fs::read(&path).unwrap();
         let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
@@ -34,8 +47,11 @@ impl Reference {
             tie_embeddings: info["tie_embeddings"] == "true",
             ..BitNetConfig::default()
         };
-        let tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
-        Self { config, tensors }
+        Self {
+            config,
+            tensors: candle_core::safetensors::load(&path, device).unwrap(),
+            device: device.clone(),
+        }
     }
 
     fn ids(&self, name: &str) -> Tensor {
@@ -48,7 +64,7 @@ impl Reference {
             .iter()
             .filter_map(|(name, t)| Some((name.strip_prefix("param.")?.to_string(), t.clone())))
             .collect();
-        let parameters = Parameters::from_tensors(&self.config, &weights, &Device::Cpu).unwrap();
+        let parameters = Parameters::from_tensors(&self.config, &weights, &self.device).unwrap();
         assert_eq!(
             parameters.iter().len(),
             weights.len(),
@@ -69,7 +85,13 @@ fn error(got: &Tensor, want: &Tensor) -> f32 {
 }
 
 fn check(name: &str) {
-    let reference = Reference::load(name);
+    for device in devices() {
+        check_on(&device, name);
+    }
+}
+
+fn check_on(device: &Device, name: &str) {
+    let reference = Reference::load(name, device);
     let model = reference.model();
     let (ids, labels) = (reference.ids("ids"), reference.ids("labels"));
     let output = model.forward(&ids, Some(&labels)).unwrap();
@@ -90,7 +112,7 @@ fn check(name: &str) {
     let want = &reference.tensors["loss"];
     let loss_only = model.loss(&ids, &labels).unwrap();
     assert_eq!(loss, loss_only);
-    for loss in [graph_loss, Tensor::new(loss as f32, &Device::Cpu).unwrap()] {
+    for loss in [graph_loss, Tensor::new(loss as f32, device).unwrap()] {
         let difference = error(&loss, want);
         assert!(difference < 1e-6, "{name}: loss differs by {difference}");
     }
@@ -126,7 +148,7 @@ fn tied_embeddings() {
 /// Gradients scale with the loss's factor; what is wrong is said before anything is computed.
 #[test]
 fn scaled_gradients_and_ids_out_of_range() {
-    let reference = Reference::load("bitnet_reference");
+    let reference = Reference::load("bitnet_reference", &Device::Cpu);
     let model = reference.model();
     let (ids, labels) = (reference.ids("ids"), reference.ids("labels"));
     let (loss, full) = model.loss_and_gradients(&ids, &labels, 1.0).unwrap();

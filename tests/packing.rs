@@ -1,5 +1,8 @@
 //! 2-bit packing, and the CPU product over packed weights, against independent references.
 
+mod common;
+
+use common::exact_product;
 use proptest::prelude::*;
 use titanbit::quant::{PackedTernary, ternary_matmul};
 
@@ -21,18 +24,6 @@ fn int8_codes(len: usize) -> impl Strategy<Value = Vec<i8>> {
         1 => Just(vec![-128; len]),
         1 => Just(vec![127; len]),
     ]
-}
-
-/// The definition: y[i][j] = sum over l of x[i][l] * w[j][l], in i64.
-fn reference(x: &[i8], w: &[i8], k: usize) -> Vec<i64> {
-    x.chunks_exact(k)
-        .flat_map(|x| {
-            w.chunks_exact(k).map(move |w| {
-                let products = x.iter().zip(w).map(|(&x, &w)| i64::from(x) * i64::from(w));
-                products.sum()
-            })
-        })
-        .collect()
 }
 
 fn widen(y: &[i32]) -> Vec<i64> {
@@ -69,7 +60,7 @@ proptest! {
     ) {
         let packed = PackedTernary::pack(&w, n, k).unwrap();
         let y = ternary_matmul(&x, m, &packed).unwrap();
-        prop_assert_eq!(widen(&y), reference(&x, &w, k));
+        prop_assert_eq!(widen(&y), exact_product(&x, &w, k));
     }
 }
 

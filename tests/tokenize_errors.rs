@@ -1,11 +1,14 @@
 //! What a user can do wrong with `titanbit tokenize`: one clear line, the right exit code, and
 //! nothing changed under the names of the output.
 
+mod common;
+
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use common::{assert_refused, files};
 use tempfile::TempDir;
 
 const GOOD: &str = "A good document, long enough to be worth reading.\n";
@@ -38,29 +41,13 @@ fn run(dir: &Path, arguments: &str) -> (i32, String) {
     (output.status.code().unwrap(), error)
 }
 
-/// Runs what must fail: checks the code, that it says each of `says` in one line, and that every
-/// file is as it was before.
+/// Runs what must fail: every file must be as it was before.
 #[track_caller]
 fn refused(dir: &Path, arguments: &str, code: i32, says: &[&str]) {
-    let state = || -> Vec<_> {
-        let mut files: Vec<_> = walkdir::WalkDir::new(dir)
-            .into_iter()
-            .map(|entry| entry.unwrap().into_path())
-            .filter(|path| path.is_file())
-            .map(|path| (path.clone(), fs::read(path).unwrap()))
-            .collect();
-        files.sort();
-        files
-    };
-    let before = state();
-    let (found, error) = run(dir, arguments);
-    assert_eq!(found, code, "{error}");
-    assert_eq!(error.trim_end().lines().count(), 1, "one line: {error}");
-    assert!(error.starts_with("error: "), "{error}");
-    for part in says {
-        assert!(error.contains(part), "{part:?} is not in: {error}");
-    }
-    assert!(before == state(), "no file may change");
+    let before = files(dir);
+    let arguments = arguments.split_whitespace();
+    assert_refused(&command(dir).args(arguments).output().unwrap(), code, says);
+    assert!(before == files(dir), "no file may change");
 }
 
 const TRAIN: &str = "--train-vocab 300 --output train.bin";

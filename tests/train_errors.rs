@@ -4,34 +4,10 @@
 mod common;
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::Command;
 
-use common::{counting, titanbit, write_bin, write_config};
-
-/// Every file below `dir` with its content.
-fn files(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
-    let mut files: Vec<_> = walkdir::WalkDir::new(dir)
-        .into_iter()
-        .map(|entry| entry.unwrap().into_path())
-        .filter(|path| path.is_file())
-        .map(|path| (path.clone(), fs::read(path).unwrap()))
-        .collect();
-    files.sort();
-    files
-}
-
-/// Checks that a command failed with `code` and one line on standard error that has `says`.
-#[track_caller]
-fn one_line(output: &Output, code: i32, says: &[&str]) {
-    let stderr = String::from_utf8(output.stderr.clone()).unwrap();
-    assert_eq!(output.status.code(), Some(code), "{stderr}");
-    assert_eq!(stderr.lines().count(), 1, "one line: {stderr}");
-    assert!(stderr.starts_with("error: "), "{stderr}");
-    for part in says {
-        assert!(stderr.contains(part), "`{part}` in: {stderr}");
-    }
-}
+use common::{assert_refused, counting, files, losses, titanbit, write_bin, write_config};
 
 /// Trains in `dir`, with and without a backtrace wished for: refused, and every file as before.
 #[track_caller]
@@ -41,7 +17,7 @@ fn refused(dir: &Path, arguments: &[&str], code: i32, says: &[&str]) {
         let mut command = titanbit();
         command.env("RUST_BACKTRACE", backtrace).current_dir(dir);
         let output = command.arg("train").args(arguments).output().unwrap();
-        one_line(&output, code, says);
+        assert_refused(&output, code, says);
         assert!(files(dir) == before, "files changed: {arguments:?}");
     }
 }
@@ -202,7 +178,7 @@ fn ids_outside_the_vocabulary_stop_the_run_and_leave_the_name_free() {
         command.args(["--max-steps", "1"]).args(more).output()
     };
     let output = train(&["--set", "data.train=[{path: ids.bin}]"]).unwrap();
-    one_line(&output, 1, &["ids.bin", "id 64", "vocab_size is 64"]);
+    assert_refused(&output, 1, &["ids.bin", "id 64", "vocab_size is 64"]);
     let output = train(&[]).unwrap();
     assert!(output.status.success(), "{output:?}");
 }
@@ -268,10 +244,52 @@ fn a_full_disk_leaves_earlier_checkpoints_whole() {
         .current_dir(dir.path())
         .output()
         .unwrap();
-    one_line(&output, 1, &["cannot write", "step_0000020", "too large"]);
+    assert_refused(&output, 1, &["cannot write", "step_0000020", "too large"]);
     assert!(files(&checkpoints) == before, "a checkpoint changed");
     let names = |entry: std::io::Result<fs::DirEntry>| entry.unwrap().file_name();
     let mut left: Vec<_> = fs::read_dir(&checkpoints).unwrap().map(names).collect();
     left.sort();
     assert_eq!(left, ["best", "latest", "step_0000010"]);
+}
+
+/// A step that cannot be recorded ends the run, with half a line written; the next run repairs it.
+#[cfg(unix)]
+#[test]
+fn a_disk_that_fills_up_while_recording_costs_no_step() {
+    let (dir, straight) = (tiny(), tiny());
+    for dir in [&dir, &straight] {
+        ten_steps(dir.path());
+    }
+    let recorded = dir.path().join("run/metrics.jsonl");
+    let blocks = fs::metadata(&recorded).unwrap().len() / 512 + 1;
+    let script = format!(
+        "trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" train --config tiny.yaml \
+                          --out run --resume latest"
+    );
+    let output = Command::new("sh")
+        .args(["-c", &script, env!("CARGO_BIN_EXE_titanbit")])
+        .env("RUST_LOG", "warn")
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    assert_refused(&output, 1, &["cannot write", "metrics.jsonl", "too large"]);
+    let text = fs::read(&recorded).unwrap();
+    assert_ne!(
+        text.last(),
+        Some(&b'\n'),
+        "the limit fell between two lines"
+    );
+
+    for dir in [&dir, &straight] {
+        let output = titanbit()
+            .current_dir(dir.path())
+            .args(["train", "--config", "tiny.yaml", "--out", "run"])
+            .args(["--resume", "latest", "--max-steps", "20"])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+    }
+    let runs = [&dir, &straight].map(|dir| losses(&dir.path().join("run")));
+    assert_eq!(runs[0].len(), 20);
+    assert_eq!(runs[0], runs[1]);
 }

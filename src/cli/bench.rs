@@ -9,8 +9,9 @@ mod timing;
 use std::fs;
 
 use candle_core::Device;
-use serde_json::json;
+use serde_json::{Value, json};
 
+use super::console;
 use crate::quant::matmul::MAX_K;
 use crate::{Error, Result, device};
 use problem::{Agreement, Problem};
@@ -62,9 +63,9 @@ pub fn run(args: Args) -> Result<()> {
         _ => [cpu::gemm(&problem)?, cpu::ternary(&problem)?],
     };
     if args.json {
-        print_json(&problem, &device, &paths);
+        console::answer(json_report(&problem, &device, &paths))?;
     } else {
-        print_table(&problem, &device, &paths);
+        console::answer(table(&problem, &device, &paths))?;
     }
     let [_, ternary] = &paths;
     if ternary.agreement.exact() {
@@ -156,20 +157,22 @@ fn speedup([dense, ternary]: &[Measured; 2]) -> f64 {
     dense.timing.median / ternary.timing.median
 }
 
-fn print_table(problem: &Problem, device: &Device, paths: &[Measured; 2]) {
+fn table(problem: &Problem, device: &Device, paths: &[Measured; 2]) -> String {
     let &Problem { m, k, n, .. } = problem;
-    println!(
-        "{}, {} threads",
-        device::describe(device),
-        rayon::current_num_threads()
-    );
-    println!("y = x . w^T: int8 x ({m} x {k}), ternary w ({n} x {k}), y ({m} x {n})\n");
-    println!(
-        "{:<22} {:>12} {:>7} {:>9} {:>9} {:>9}  result",
-        "path", "median", "calls", "TFLOP/s", "GB/s", "speed-up"
-    );
-    for path in paths {
-        println!(
+    let mut lines = vec![
+        format!(
+            "{}, {} threads",
+            device::describe(device),
+            rayon::current_num_threads()
+        ),
+        format!("y = x . w^T: int8 x ({m} x {k}), ternary w ({n} x {k}), y ({m} x {n})\n"),
+        format!(
+            "{:<22} {:>12} {:>7} {:>9} {:>9} {:>9}  result",
+            "path", "median", "calls", "TFLOP/s", "GB/s", "speed-up"
+        ),
+    ];
+    lines.extend(paths.iter().map(|path| {
+        format!(
             "{:<22} {:>9.3} ms {:>7} {:>9.3} {:>9.2} {:>8.2}x  {}",
             path.name,
             1e3 * path.timing.median,
@@ -178,8 +181,9 @@ fn print_table(problem: &Problem, device: &Device, paths: &[Measured; 2]) {
             path.gigabytes(),
             paths[0].timing.median / path.timing.median,
             result(&path.agreement),
-        );
-    }
+        )
+    }));
+    lines.join("\n")
 }
 
 fn result(agreement: &Agreement) -> String {
@@ -190,9 +194,9 @@ fn result(agreement: &Agreement) -> String {
     }
 }
 
-fn print_json(problem: &Problem, device: &Device, paths: &[Measured; 2]) {
+fn json_report(problem: &Problem, device: &Device, paths: &[Measured; 2]) -> Value {
     let &Problem { m, k, n, .. } = problem;
-    let report = json!({
+    json!({
         "device": device::describe(device),
         "threads": rayon::current_num_threads(),
         "m": m,
@@ -209,6 +213,5 @@ fn print_json(problem: &Problem, device: &Device, paths: &[Measured; 2]) {
             "exact": path.agreement.exact(),
             "max_error": path.agreement.max_error,
         })),
-    });
-    println!("{report}");
+    })
 }

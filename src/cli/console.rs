@@ -1,12 +1,16 @@
 //! What a person sees while a command runs: warnings and messages that do not tear the progress
 //! bar apart.
 
+use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::sync::OnceLock;
 
 use indicatif::{MultiProgress, ProgressBar};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+
+use crate::Result;
+use crate::error::IoContext;
 
 /// All bars of the process; drawn on standard error, hidden when that is no terminal.
 fn bars() -> &'static MultiProgress {
@@ -19,9 +23,19 @@ pub fn show(bar: ProgressBar) -> ProgressBar {
     bars().add(bar)
 }
 
-/// Prints a line on standard output, above the bars.
+/// Prints what a command was asked for on standard output. A reader that has gone (`| head`) is
+/// no error.
+pub fn answer(text: impl Display) -> Result<()> {
+    match writeln!(io::stdout(), "{text}") {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.at("write to", "standard output"),
+    }
+}
+
+/// Prints news of a running command on standard output, above the bars. It goes on if nobody
+/// can read them.
 pub fn line(text: &str) {
-    bars().suspend(|| println!("{text}"));
+    bars().suspend(|| _ = writeln!(io::stdout(), "{text}"));
 }
 
 /// Sends `tracing` events to standard error; `RUST_LOG` chooses, by default `info` and above.

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::console;
 use crate::data::TokenDtype;
 use crate::{Error, Result};
 
@@ -73,12 +74,10 @@ pub fn run(args: Args) -> Result<()> {
 
 fn print<R: Serialize + Display>(json: bool, report: &R) -> Result<()> {
     if json {
-        let text = serde_json::to_string_pretty(report).map_err(Error::training)?;
-        println!("{text}");
+        console::answer(serde_json::to_string_pretty(report).map_err(Error::training)?)
     } else {
-        print!("{report}");
+        console::answer(report.to_string().trim_end())
     }
-    Ok(())
 }
 
 fn token_dtype(name: &str) -> Result<TokenDtype> {

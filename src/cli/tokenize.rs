@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::console;
 use crate::data::tokenize::{self, TokenizeOptions, Validation, VocabularySource};
 use crate::{Error, Result};
 
@@ -91,8 +92,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     let progress = progress_bar()?;
     let summary = tokenize::run(&options, &progress)?;
-    println!("{summary}");
-    Ok(())
+    console::answer(summary)
 }
 
 /// A bar with rate and time left; it hides itself when standard error is not a terminal.

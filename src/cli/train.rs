@@ -67,7 +67,7 @@ pub fn run(args: Args) -> Result<()> {
     let bar = console::show(tokenize::progress_bar()?);
     if let Some(summary) = prepare(&config.data, &bar)? {
         bar.finish_and_clear();
-        println!("{summary}\n");
+        console::answer(format!("{summary}\n"))?;
     }
     bar.finish_and_clear();
 
@@ -84,8 +84,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     let summary = train::run(&config, &options, &device, &mut console)?;
     console.bar.finish_and_clear();
-    print_summary(&summary, &args.config, &options.out);
-    Ok(())
+    console::answer(report(&summary, &args.config, &options.out))
 }
 
 /// `base`, or `base-2`, `base-3`, ...: the first that holds no run yet, or, to resume, the last
@@ -173,10 +172,10 @@ impl Observer for Console {
         self.bar.set_message(format!("| {figures} |"));
         if self.bar.is_hidden() && record.step.is_multiple_of(self.every) {
             let left = HumanDuration(self.bar.eta());
-            println!(
+            console::line(&format!(
                 "step {}/{planned_steps} | {figures} | ETA {left}",
                 record.step
-            );
+            ));
         }
     }
 
@@ -193,35 +192,32 @@ impl Observer for Console {
     }
 }
 
-fn print_summary(summary: &Summary, config: &Path, out: &Path) {
+/// What the run came to, and what to run next.
+fn report(summary: &Summary, config: &Path, out: &Path) -> String {
+    let mut text = String::new();
     if let Some(sample) = &summary.sample {
-        println!("\nsample\n{sample}\n");
+        text += &format!("\nsample\n{sample}\n\n");
     }
     let what = match summary.interrupted {
         true => "stopped at",
         false => "finished",
     };
-    println!(
-        "{what} step {}, {:.1} M tokens",
-        summary.step,
-        summary.tokens as f64 / 1e6
-    );
+    let tokens = summary.tokens as f64 / 1e6;
+    text += &format!("{what} step {}, {tokens:.1} M tokens\n", summary.step);
     if let Some(loss) = summary.val_loss {
-        println!("validation loss {loss:.3} (perplexity {:.1})", loss.exp());
+        let perplexity = loss.exp();
+        text += &format!("validation loss {loss:.3} (perplexity {perplexity:.1})\n");
     }
-    println!("checkpoint {}", summary.checkpoint.display());
-    println!("\nnext");
-    println!(
-        "  titanbit info --checkpoint {}",
-        summary.checkpoint.display()
-    );
-    if summary.interrupted {
-        let (config, out) = (config.display(), out.display());
-        println!("  titanbit train --config {config} --out {out} --resume latest");
-    } else {
-        println!(
+    let checkpoint = summary.checkpoint.display();
+    text += &format!("checkpoint {checkpoint}\n\nnext\n");
+    text += &format!("  titanbit info --checkpoint {checkpoint}\n");
+    let (config, run) = (config.display(), out.display());
+    text += &match summary.interrupted {
+        true => format!("  titanbit train --config {config} --out {run} --resume latest"),
+        false => format!(
             "  tensorboard --logdir {}",
             out.join("tensorboard").display()
-        );
-    }
+        ),
+    };
+    text
 }

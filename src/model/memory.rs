@@ -33,8 +33,9 @@ impl ModelBytes {
 /// Bytes on the device at the peak of a training step.
 ///
 /// It follows the candle operations ([`super::ops`], what runs on CUDA) and candle's autograd
-/// tensor by tensor. Not counted: the CUDA context and cuBLAS (about half a GiB), the
-/// rotary tables (below a MiB), and what the allocator rounds up.
+/// tensor by tensor. Not counted: the CUDA context, cuBLAS, loaded kernels and what the
+/// allocator rounds up, 0.9 to 1.2 GiB on an H200 (`benches/results/gpu.md`), and the rotary tables
+/// (below a MiB).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryEstimate {
     /// f32 master weights.

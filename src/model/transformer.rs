@@ -233,9 +233,8 @@ fn cross_entropy(logits: &Tensor, labels: &Tensor) -> candle_core::Result<Tensor
 
 /// The values of a tensor on the CPU that this module made.
 fn f32_slice<'a>((storage, layout): &'a (StorageRef<'_>, &Layout)) -> &'a [f32] {
-    let values = match (&**storage, layout.contiguous_offsets()) {
+    match (&**storage, layout.contiguous_offsets()) {
         (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => &values[start..end],
         _ => unreachable!("weights and tables are contiguous f32 tensors"),
-    };
-    values
+    }
 }

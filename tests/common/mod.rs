@@ -1,8 +1,9 @@
-//! A tiny predictable language to train on in a second or two.
+//! What several tests need: a tiny predictable language to train on in a second or two, and what
+//! a refusal must be.
 #![allow(dead_code)] // each test binary uses its own part
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 use serde_json::Value;
 use titanbit::config::Config;
@@ -77,6 +78,42 @@ pub fn losses(run_dir: &Path) -> Vec<(u64, f64, f64)> {
                 number("loss"),
                 number("grad_norm"),
             )
+        })
+        .collect()
+}
+
+/// Every file below `dir` with its content.
+pub fn files(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut files: Vec<_> = walkdir::WalkDir::new(dir)
+        .into_iter()
+        .map(|entry| entry.unwrap().into_path())
+        .filter(|path| path.is_file())
+        .map(|path| (path.clone(), std::fs::read(path).unwrap()))
+        .collect();
+    files.sort();
+    files
+}
+
+/// Checks that a command failed with `code` and one line of error that has `says`.
+#[track_caller]
+pub fn assert_refused(output: &Output, code: i32, says: &[&str]) {
+    let error = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{error}");
+    assert_eq!(error.lines().count(), 1, "one line: {error}");
+    assert!(error.starts_with("error: "), "{error}");
+    for part in says {
+        assert!(error.contains(part), "`{part}` in: {error}");
+    }
+}
+
+/// The definition: y[i][j] = sum over l of x[i][l] * w[j][l], in i64.
+pub fn exact_product(x: &[i8], w: &[i8], k: usize) -> Vec<i64> {
+    x.chunks_exact(k)
+        .flat_map(|x| {
+            w.chunks_exact(k).map(move |w| {
+                let products = x.iter().zip(w).map(|(&x, &w)| i64::from(x) * i64::from(w));
+                products.sum()
+            })
         })
         .collect()
 }

@@ -15,7 +15,7 @@ use crate::train::gpu_stats::list_gpus;
 const L20: (&str, u64) = ("NVIDIA L20 (48 GB)", 48_000_000_000);
 
 /// Device memory left to the CUDA context, cuBLAS, and what allocation rounds up.
-const RESERVED: u64 = 1 << 30;
+const RESERVED: u64 = 5 << 28;
 
 #[derive(Serialize)]
 pub struct Report {
