@@ -147,7 +147,7 @@ fn tied_embeddings() {
 
 /// Gradients scale with the loss's factor; what is wrong is said before anything is computed.
 #[test]
-fn scaled_gradients_and_ids_out_of_range() {
+fn scaled_gradients_and_wrong_arguments() {
     let reference = Reference::load("bitnet_reference", &Device::Cpu);
     let model = reference.model();
     let (ids, labels) = (reference.ids("ids"), reference.ids("labels"));
@@ -164,4 +164,26 @@ fn scaled_gradients_and_ids_out_of_range() {
         assert!(message.contains(&format!("id {vocab} is outside the vocabulary of {vocab}")));
     }
     assert!(!model.logits(&ids).unwrap().track_op());
+
+    let (batch, seq) = ids.dims2().unwrap();
+    let zeros = |shape| Tensor::zeros(shape, DType::U32, &Device::Cpu).unwrap();
+    for (ids, labels, says) in [
+        (ids.clone(), zeros((batch, seq - 1)), "do not match"),
+        (zeros((batch, 0)), zeros((batch, 0)), "no tokens"),
+        (
+            zeros((1, seq + 1)),
+            zeros((1, seq + 1)),
+            "model.max_seq_len",
+        ),
+    ] {
+        let messages = [
+            model.forward(&ids, Some(&labels)).unwrap_err().to_string(),
+            model.loss(&ids, &labels).unwrap_err().to_string(),
+            model
+                .loss_and_gradients(&ids, &labels, 1.0)
+                .unwrap_err()
+                .to_string(),
+        ];
+        assert!(messages.iter().all(|m| m.contains(says)), "{messages:?}");
+    }
 }

@@ -77,9 +77,10 @@ impl BitNetTransformer {
     /// [`Self::loss_and_gradients`].
     ///
     /// # Errors
-    /// A sequence longer than `max_seq_len`; an id or label outside the vocabulary.
+    /// No tokens, or a sequence longer than `max_seq_len`; labels of another shape; an id or label
+    /// outside the vocabulary.
     pub fn forward(&self, ids: &Tensor, labels: Option<&Tensor>) -> Result<Output> {
-        self.check_length(ids)?;
+        self.check_shapes(ids, labels)?;
         let (batch, seq) = ids.dims2()?;
         let logits = self.graph(&self.weights, ids)?;
         let loss = labels
@@ -91,7 +92,7 @@ impl BitNetTransformer {
 
     /// Logits (batch, seq, vocab) without a graph. Arguments and errors as in [`Self::forward`].
     pub fn logits(&self, ids: &Tensor) -> Result<Tensor> {
-        self.check_length(ids)?;
+        self.check_shapes(ids, None)?;
         let (batch, seq) = ids.dims2()?;
         let weights = self.weights.map(Tensor::detach);
         let logits = if self.device().is_cpu() {
@@ -107,7 +108,7 @@ impl BitNetTransformer {
 
     /// Mean cross-entropy in nats, without a graph. Arguments and errors as in [`Self::forward`].
     pub fn loss(&self, ids: &Tensor, labels: &Tensor) -> Result<f64> {
-        self.check_length(ids)?;
+        self.check_shapes(ids, Some(labels))?;
         if self.device().is_cpu() {
             let (seq, ids, labels) = (ids.dim(1)?, self.ids(ids)?, self.ids(labels)?);
             return Ok(self.on_cpu(seq, |network| network.loss(&ids, &labels)));
@@ -124,7 +125,7 @@ impl BitNetTransformer {
         labels: &Tensor,
         scale: f64,
     ) -> Result<(f64, Vec<Tensor>)> {
-        self.check_length(ids)?;
+        self.check_shapes(ids, Some(labels))?;
         let parameters = self.parameters.iter();
         if self.device().is_cpu() {
             let (seq, ids, labels) = (ids.dim(1)?, self.ids(ids)?, self.ids(labels)?);
@@ -148,14 +149,25 @@ impl BitNetTransformer {
         Ok((loss.to_scalar::<f32>()? as f64, gradients))
     }
 
-    fn check_length(&self, ids: &Tensor) -> Result<()> {
-        let (seq, max) = (ids.dim(1)?, self.config.max_seq_len);
+    fn check_shapes(&self, ids: &Tensor, labels: Option<&Tensor>) -> Result<()> {
+        let (batch, seq) = ids.dims2()?;
+        let max = self.config.max_seq_len;
         if seq > max {
             return Err(Error::usage(format!(
                 "a sequence of {seq} tokens exceeds model.max_seq_len ({max})"
             )));
         }
-        Ok(())
+        if batch * seq == 0 {
+            return Err(Error::usage(format!(
+                "no tokens in ids of shape ({batch}, {seq})"
+            )));
+        }
+        match labels.map(Tensor::dims) {
+            Some(dims) if dims != [batch, seq] => Err(Error::usage(format!(
+                "labels of shape {dims:?} do not match ids of shape ({batch}, {seq})"
+            ))),
+            _ => Ok(()),
+        }
     }
 
     fn heads(&self) -> Heads {
