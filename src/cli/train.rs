@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::Device;
-use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{console, tokenize};
+use super::{console, format, tokenize};
 use crate::config::Config;
 use crate::data::prepare::prepare;
 use crate::train::{Observer, Resume, RunOptions, StepRecord, Summary, Trainer};
@@ -84,7 +84,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     let summary = train::run(&config, &options, &device, &mut console)?;
     console.bar.finish_and_clear();
-    console::answer(report(&summary, &args.config, &options.out))
+    console::answer(report(&summary, &config, &options.out))
 }
 
 /// `base`, or `base-2`, `base-3`, ...: the first that holds no run yet, or, to resume, the last
@@ -117,7 +117,7 @@ fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {
         if flag.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        eprintln!("\nstopping after this step; once more to quit without saving");
+        tracing::warn!("stopping after this step; once more to quit without saving");
     })
     .map_err(|e| Error::training(format!("cannot watch for Ctrl-C: {e}")))?;
     Ok(stop)
@@ -132,23 +132,23 @@ struct Console {
 }
 
 impl Observer for Console {
-    fn started(&mut self, trainer: &Trainer, device: &Device) {
+    fn started(&mut self, trainer: &Trainer, device: &Device, end: u64) {
         let config = trainer.config();
         let parameters = config.model.parameter_count();
         console::line(&format!(
-            "model   {:.1} M parameters, {:.1} M of them ternary\n\
+            "model   {} parameters, {} of them ternary\n\
              device  {}\n\
-             run     {}: {} steps of {} tokens, from step {}",
-            parameters.total() as f64 / 1e6,
-            parameters.ternary as f64 / 1e6,
+             run     {}: steps {} to {end} of {}, {} tokens each",
+            format::count(parameters.total() as u64),
+            format::count(parameters.ternary as u64),
             device::describe(device),
             self.out.display(),
+            trainer.step_count() + 1,
             config.train.steps,
             config.tokens_per_step(),
-            trainer.step_count(),
         ));
-        let style = ProgressStyle::with_template("{wide_bar} step {pos}/{len} {msg} ETA {eta}");
-        let bar = ProgressBar::new(config.train.steps).with_position(trainer.step_count());
+        let style = ProgressStyle::with_template("{wide_bar} {pos}/{len}  {msg}  ETA {eta}");
+        let bar = ProgressBar::new(end).with_position(trainer.step_count());
         self.bar = console::show(match style {
             Ok(style) => bar.with_style(style),
             Err(_) => bar,
@@ -156,27 +156,29 @@ impl Observer for Console {
         self.bar.reset_eta();
     }
 
-    fn step(&mut self, record: &StepRecord, planned_steps: u64) {
+    fn step(&mut self, record: &StepRecord) {
         let mfu = match record.mfu {
             Some(mfu) => format!("{:.1}%", mfu * 100.0),
             None => "n/a".into(),
         };
+        // With the bar's own figures just within 80 columns.
         let figures = format!(
-            "loss {:.3} | lr {:.2e} | norm {:.2} | {:.1} k tok/s | MFU {mfu}",
+            "loss {:.3}  lr {:.2e}  norm {:.2}  {:.1}k tok/s  MFU {mfu}",
             record.loss,
             record.lr,
             record.grad_norm,
             record.tokens_per_s / 1e3,
         );
         self.bar.set_position(record.step);
-        self.bar.set_message(format!("| {figures} |"));
         if self.bar.is_hidden() && record.step.is_multiple_of(self.every) {
-            let left = HumanDuration(self.bar.eta());
+            let end = self.bar.length().unwrap_or_default();
+            let left = format::duration(self.bar.eta());
             console::line(&format!(
-                "step {}/{planned_steps} | {figures} | ETA {left}",
+                "step {}/{end}  {figures}  ETA {left}",
                 record.step
             ));
         }
+        self.bar.set_message(figures);
     }
 
     fn validated(&mut self, step: u64, loss: f64) {
@@ -193,7 +195,7 @@ impl Observer for Console {
 }
 
 /// What the run came to, and what to run next.
-fn report(summary: &Summary, config: &Path, out: &Path) -> String {
+fn report(summary: &Summary, config: &Config, out: &Path) -> String {
     let mut text = String::new();
     if let Some(sample) = &summary.sample {
         text += &format!("\nsample\n{sample}\n\n");
@@ -202,22 +204,23 @@ fn report(summary: &Summary, config: &Path, out: &Path) -> String {
         true => "stopped at",
         false => "finished",
     };
-    let tokens = summary.tokens as f64 / 1e6;
-    text += &format!("{what} step {}, {tokens:.1} M tokens\n", summary.step);
+    let tokens = format::count(summary.tokens);
+    text += &format!("{what} step {}, {tokens} tokens\n", summary.step);
     if let Some(loss) = summary.val_loss {
         let perplexity = loss.exp();
         text += &format!("validation loss {loss:.3} (perplexity {perplexity:.1})\n");
     }
     let checkpoint = summary.checkpoint.display();
     text += &format!("checkpoint {checkpoint}\n\nnext\n");
+    if summary.step < config.train.steps {
+        // The run's own copy of the configuration has the overrides in it.
+        let (config, out) = (out.join("config.yaml"), out.display());
+        let config = config.display();
+        text += &format!("  titanbit train --config {config} --out {out} --resume latest\n");
+    }
     text += &format!("  titanbit info --checkpoint {checkpoint}\n");
-    let (config, run) = (config.display(), out.display());
-    text += &match summary.interrupted {
-        true => format!("  titanbit train --config {config} --out {run} --resume latest"),
-        false => format!(
-            "  tensorboard --logdir {}",
-            out.join("tensorboard").display()
-        ),
-    };
-    text
+    text + &format!(
+        "  tensorboard --logdir {}",
+        out.join("tensorboard").display()
+    )
 }

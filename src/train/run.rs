@@ -33,11 +33,21 @@ pub enum Resume {
     Path(PathBuf),
 }
 
+impl RunOptions {
+    /// The step after which the run ends.
+    fn end(&self, config: &Config) -> u64 {
+        let planned = config.train.steps;
+        self.max_steps.map_or(planned, |max| max.min(planned))
+    }
+}
+
 /// What a run tells while it goes, and how it is asked to stop.
 pub trait Observer {
-    /// The model, the data and the place to start from are known.
-    fn started(&mut self, trainer: &Trainer, device: &Device);
-    fn step(&mut self, record: &StepRecord, planned_steps: u64);
+    /// The model, the data and the place to start from are known; the run is to end after step
+    /// `end`.
+    fn started(&mut self, trainer: &Trainer, device: &Device, end: u64);
+    fn step(&mut self, record: &StepRecord);
+    /// Evaluations on the way; those at the end are in the [`Summary`].
     fn validated(&mut self, step: u64, loss: f64);
     fn sampled(&mut self, step: u64, text: &str);
     /// Asked before every step: whether to save and stop.
@@ -97,7 +107,7 @@ pub fn run(
         _ => None,
     };
     let metrics = Metrics::open(out, config.logging.tensorboard, gpu)?;
-    observer.started(&trainer, device);
+    observer.started(&trainer, device, options.end(config));
     Session {
         config,
         metrics,
@@ -188,8 +198,7 @@ struct Session<'a> {
 
 impl Session<'_> {
     fn train(mut self, trainer: &mut Trainer, options: &RunOptions) -> Result<Summary> {
-        let planned = self.config.train.steps;
-        let end = options.max_steps.map_or(planned, |max| max.min(planned));
+        let end = options.end(&self.config);
         self.metrics.restart_from(trainer.step_count())?;
         while trainer.step_count() < end && !self.observer.should_stop() {
             if !self.step(trainer)? {
@@ -198,8 +207,12 @@ impl Session<'_> {
             let step = trainer.step_count();
             let due = |every: u64| every > 0 && step.is_multiple_of(every);
             if due(self.config.eval.every) && step < end {
-                self.validate(trainer)?;
-                self.sample(trainer)?;
+                if let Some(loss) = self.validate(trainer)? {
+                    self.observer.validated(step, loss);
+                }
+                if let Some(text) = self.sample(trainer)? {
+                    self.observer.sampled(step, &text);
+                }
             }
             if due(self.config.checkpoint.every) && step < end {
                 self.save(trainer)?;
@@ -249,7 +262,7 @@ impl Session<'_> {
                     gpu: self.metrics.gpu_stats(),
                 };
                 self.metrics.step(&record)?;
-                self.observer.step(&record, self.config.train.steps);
+                self.observer.step(&record);
                 Ok(true)
             }
             StepOutcome::RolledBack {
@@ -283,7 +296,6 @@ impl Session<'_> {
         let loss = trainer.validate()?;
         if let Some(loss) = loss {
             self.metrics.validation(trainer.step_count(), loss)?;
-            self.observer.validated(trainer.step_count(), loss);
         }
         Ok(loss)
     }
@@ -294,7 +306,6 @@ impl Session<'_> {
         };
         let text = sampler.text(trainer.model(), self.config.train.seed)?;
         self.metrics.sample(trainer.step_count(), &text)?;
-        self.observer.sampled(trainer.step_count(), &text);
         Ok(Some(text))
     }
 
