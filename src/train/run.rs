@@ -198,7 +198,7 @@ struct Session<'a> {
 
 impl Session<'_> {
     fn train(mut self, trainer: &mut Trainer, options: &RunOptions) -> Result<Summary> {
-        let end = options.end(&self.config);
+        let end = options.end(self.config);
         self.metrics.restart_from(trainer.step_count())?;
         while trainer.step_count() < end && !self.observer.should_stop() {
             if !self.step(trainer)? {
