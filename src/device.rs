@@ -103,6 +103,25 @@ pub fn peak_bf16_tflops(device: &Device) -> Option<f64> {
     }
 }
 
+/// `domain:bus:device.function` of a GPU, as NVML knows it; `None` for the CPU.
+pub fn pci_bus_id(device: &Device) -> Option<String> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute as Attribute;
+            let stream = device.cuda_stream();
+            let attribute = |which| stream.context().attribute(which).ok();
+            Some(format!(
+                "{:08X}:{:02X}:{:02X}.0",
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?,
+            ))
+        }
+        _ => None,
+    }
+}
+
 /// The processor's name as Linux gives it, elsewhere its architecture.
 pub fn cpu_model() -> String {
     fs::read_to_string("/proc/cpuinfo")

@@ -6,7 +6,7 @@ use titanbit::train::gpu_stats::{GpuMonitor, list_gpus};
 
 #[test]
 fn a_gpu_that_is_not_there_is_none() {
-    assert!(GpuMonitor::new(9999).is_none());
+    assert!(GpuMonitor::new("00000000:EE:1F.7").is_none());
 }
 
 #[test]
@@ -26,8 +26,8 @@ fn every_listed_gpu_can_be_monitored() {
     if list_gpus().is_empty() {
         return println!("skipped: no GPU here");
     }
-    for (index, gpu) in list_gpus().iter().enumerate() {
-        let monitor = GpuMonitor::new(index as u32).expect("a listed GPU has a monitor");
+    for gpu in list_gpus() {
+        let monitor = GpuMonitor::new(&gpu.pci_bus_id).expect("a listed GPU has a monitor");
         let stats = monitor.stats().expect("its state");
         assert_eq!(stats.memory_total, gpu.total_memory);
         assert!(stats.memory_used <= stats.memory_total, "{stats:?}");

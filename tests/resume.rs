@@ -117,6 +117,18 @@ fn a_run_with_a_rollback_resumes_bit_by_bit() {
     };
     assert_eq!(last_taken(&killed), last_taken(&whole));
     assert_eq!(rollbacks(&killed).last(), rollbacks(&whole).last());
+    for run in [&killed, &whole] {
+        let all = metrics(run);
+        let after = all.iter().rposition(|line| line["event"] == "rollback");
+        let steps = all[after.unwrap()..]
+            .iter()
+            .filter(|line| line["event"].is_null());
+        let steps: Vec<u64> = steps.map(|line| line["step"].as_u64().unwrap()).collect();
+        assert!(
+            steps.is_sorted_by(|a, b| a < b),
+            "recorded twice: {steps:?}"
+        );
+    }
 }
 
 #[test]
@@ -199,4 +211,64 @@ fn max_steps_and_resume_by_path_leave_the_schedule_alone() {
         &[&schedule[..], &["--resume", from]].concat(),
     );
     assert_eq!(losses(&run), losses(&whole));
+}
+
+#[test]
+fn another_directory_forks_a_run_and_leaves_it_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = write_config(dir.path());
+    let whole = dir.path().join("whole");
+    finish(&config, &whole, &[]);
+    let parent = dir.path().join("parent");
+    finish(&config, &parent, &["--max-steps", "40"]);
+    let before = files(&parent);
+    let from = parent.join("checkpoints/step_0000020");
+    let resume = ["--resume", from.to_str().unwrap()];
+
+    let fork = dir.path().join("fork");
+    finish(&config, &fork, &resume);
+    assert_eq!(losses(&fork), losses(&whole)[20..]);
+    assert!(files(&parent) == before, "the parent changed");
+    // Killed and resumed as any other run.
+    let half = dir.path().join("half");
+    finish(
+        &config,
+        &half,
+        &[&resume[..], &["--max-steps", "60"]].concat(),
+    );
+    finish(&config, &half, &["--resume", "latest"]);
+    assert_eq!(losses(&half), losses(&fork));
+
+    let output = train(&config, &parent, &resume).output().unwrap();
+    assert_refused(&output, 2, &["step_0000040 would be lost", "another --out"]);
+    let output = train(&config, &whole, &resume).output().unwrap();
+    assert_refused(&output, 2, &["already holds a run"]);
+    assert!(files(&parent) == before, "the parent changed");
+}
+
+/// What another version of the program wrote: a key less, and the checksum of that.
+#[test]
+fn a_state_with_fewer_keys_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = write_config(dir.path());
+    let run = dir.path().join("run");
+    finish(&config, &run, &["--max-steps", "10"]);
+    let state = run.join("checkpoints/step_0000010/state.json");
+    let text = fs::read_to_string(&state).unwrap();
+    let lines = text
+        .lines()
+        .filter(|line| !line.contains("\"sample_prompt\""));
+    let without: Vec<&str> = lines.collect();
+    assert_eq!(without.len() + 1, text.lines().count());
+    let place = without
+        .iter()
+        .position(|line| line.starts_with("  \"checksum\""));
+    let with_checksum = |checksum: &str| {
+        let mut lines: Vec<String> = without.iter().map(|line| line.to_string()).collect();
+        lines[place.unwrap()] = format!("  \"checksum\": \"{checksum}\"");
+        lines.join("\n")
+    };
+    let checksum = xxhash_rust::xxh3::xxh3_64(with_checksum("").as_bytes());
+    fs::write(&state, with_checksum(&format!("{checksum:016x}"))).unwrap();
+    finish(&config, &run, &["--resume", "latest", "--max-steps", "12"]);
 }

@@ -5,6 +5,7 @@ mod common;
 use candle_core::{Device, Tensor};
 use common::*;
 use titanbit::data::{Mixture, TokenSet};
+use titanbit::train::checkpoint::{self, CheckpointDir};
 use titanbit::train::{Anomaly, StepOutcome, Trainer};
 
 fn take_steps(trainer: &mut Trainer, until: u64) -> f64 {
@@ -171,7 +172,7 @@ fn rollbacks_are_bounded() {
     }
     let message = outcome.unwrap_err().to_string();
     assert!(
-        message.contains("after 2 rollbacks (stability.max_rollbacks)"),
+        message.contains("after 2 rollbacks") && message.contains("raise stability.max_rollbacks"),
         "{message}"
     );
 }
@@ -192,4 +193,56 @@ fn the_two_stage_jump_is_no_spike() {
         trainer.step().unwrap(),
         StepOutcome::Applied { .. }
     ));
+}
+
+/// A run forked from another's checkpoint never falls back to fresh weights.
+#[test]
+fn a_fork_rolls_back_to_where_it_began() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut trainer = new_trainer(dir.path(), &[]);
+    take_steps(&mut trainer, 20);
+    let from = dir.path().join("run/checkpoints/step_0000020");
+    let mut state = checkpoint::verify(&from).unwrap();
+    state.progress.stability.origin = 20;
+    let config = load_config(dir.path(), &[]);
+    let out = dir.path().join("fork");
+    let mut fork = Trainer::resume(&config, &out, &Device::Cpu, &from, state).unwrap();
+    fork.save().unwrap();
+    let before = take_steps(&mut fork, 35);
+    scale_weight(&fork, "lm_head.weight", f64::NAN);
+    let StepOutcome::RolledBack { step, .. } = fork.step().unwrap() else {
+        panic!("the fault went unnoticed");
+    };
+    assert_eq!(step, 20);
+    assert!(take_steps(&mut fork, 40) < 1.2 * before);
+}
+
+/// Kept are the newest, every so many, the best, and those that a rollback needs or will need.
+#[test]
+fn pruning_spares_what_is_needed() {
+    let dir = tempfile::tempdir().unwrap();
+    let overrides = ["checkpoint.keep_last=1", "checkpoint.keep_every=40"];
+    let mut trainer = new_trainer(dir.path(), &overrides);
+    let checkpoints = CheckpointDir::new(&dir.path().join("run"));
+    let best = || std::fs::read_to_string(dir.path().join("run/checkpoints/best"));
+    take_steps(&mut trainer, 9);
+    assert!(best().is_err(), "nothing was validated");
+    assert!(matches!(
+        trainer.step().unwrap(),
+        StepOutcome::Applied { .. }
+    ));
+    trainer.validate().unwrap();
+    trainer.save().unwrap();
+    assert_eq!(best().unwrap(), "step_0000010");
+    take_steps(&mut trainer, 70);
+    let steps: Vec<u64> = checkpoints
+        .list()
+        .unwrap()
+        .into_iter()
+        .map(|c| c.0)
+        .collect();
+    // 50 has outlived the settling window of 20 steps, 60 is in it.
+    assert_eq!(steps, [10, 40, 50, 60, 70]);
+    // The weights of step 10 are the ones whose validation is known.
+    assert_eq!(best().unwrap(), "step_0000010");
 }

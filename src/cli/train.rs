@@ -46,14 +46,17 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let config = Config::load(&args.config, &args.set)?;
+    let mut config = Config::load(&args.config, &args.set)?;
+    if let Some(device) = args.device {
+        config.hardware.device = device;
+    }
     if let Some(threads) = config.hardware.threads {
         // The pool can only be sized once per process; a second run in one process keeps it.
         let _ = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .build_global();
     }
-    let device = device::select(args.device.as_deref().unwrap_or(&config.hardware.device))?;
+    let device = device::select(&config.hardware.device)?;
     let resume = args.resume.map(|from| match from.as_str() {
         "latest" => Resume::Latest,
         path => Resume::Path(path.into()),
@@ -64,6 +67,13 @@ pub fn run(args: Args) -> Result<()> {
         None => default_run_dir(&Path::new("runs").join(name), resume.as_ref()),
     };
 
+    let options = RunOptions {
+        out,
+        resume,
+        max_steps: args.max_steps,
+    };
+    options.check()?;
+
     let bar = console::show(tokenize::progress_bar()?);
     if let Some(summary) = prepare(&config.data, &bar)? {
         bar.finish_and_clear();
@@ -71,11 +81,6 @@ pub fn run(args: Args) -> Result<()> {
     }
     bar.finish_and_clear();
 
-    let options = RunOptions {
-        out,
-        resume,
-        max_steps: args.max_steps,
-    };
     let mut console = Console {
         bar: ProgressBar::hidden(),
         every: config.logging.every,
@@ -103,8 +108,9 @@ fn default_run_dir(base: &Path, resume: Option<&Resume>) -> PathBuf {
     let free = (1..)
         .find(|n| !numbered(*n).join("metrics.jsonl").exists())
         .unwrap_or(1);
+    let saved = |n: &usize| numbered(*n).join("checkpoints/latest").exists();
     match resume {
-        Some(_) => numbered((free - 1).max(1)),
+        Some(_) => numbered((1..free).rev().find(saved).unwrap_or(1)),
         None => numbered(free),
     }
 }

@@ -118,11 +118,6 @@ impl BitNetConfig {
         self.hidden_size / self.heads
     }
 
-    /// Query heads that share one key/value head.
-    pub fn heads_per_kv(&self) -> usize {
-        self.heads / self.kv_heads
-    }
-
     /// # Errors
     /// The first value that cannot be: its key, the value, and what is allowed.
     pub fn validate(&self) -> Result<()> {

@@ -30,7 +30,7 @@ impl ModelBytes {
     }
 }
 
-/// Bytes on the device at the peak of a training step.
+/// Bytes on a GPU at the peak of a training step; on the CPU training takes less.
 ///
 /// It follows the candle operations ([`super::ops`], what runs on CUDA) and candle's autograd
 /// tensor by tensor. Not counted: the CUDA context, cuBLAS, loaded kernels and what the

@@ -1,10 +1,11 @@
 //! The operations a layer is made of, spelt in candle primitives: any device, gradients by candle.
-//! They are the oracle of the faster forms.
+//! A GPU trains with them; on the CPU they are the oracle of the faster passes.
 
 use candle_core::{D, Device, Result, Tensor};
 use candle_nn::ops::softmax;
 
 use super::config::Activation;
+use crate::quant::ternary::EPSILON;
 
 /// Head layout of grouped-query attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +75,10 @@ fn straight_through(value: &Tensor, through: &Tensor) -> Result<Tensor> {
 /// Int8 activation codes as f32 with their STE gradient, and the scale s: (..., K), (..., 1).
 fn activation_codes(x: &Tensor) -> Result<(Tensor, Tensor)> {
     let absmax = x.detach().abs()?.max_keepdim(D::Minus1)?;
-    let s = absmax.maximum(1e-5)?.recip()?.affine(127.0, 0.0)?;
+    let s = absmax
+        .maximum(EPSILON as f64)?
+        .recip()?
+        .affine(127.0, 0.0)?;
     let scaled = x.broadcast_mul(&s)?;
     let codes = round_half_even(&scaled)?.clamp(-128.0, 127.0)?;
     Ok((straight_through(&codes, &scaled)?, s))
@@ -82,7 +86,7 @@ fn activation_codes(x: &Tensor) -> Result<(Tensor, Tensor)> {
 
 /// Ternary codes as f32 with their STE gradient, and the scale b: (N, K), scalar.
 fn ternary_codes(w: &Tensor) -> Result<(Tensor, Tensor)> {
-    let b = w.detach().abs()?.mean_all()?.maximum(1e-5)?;
+    let b = w.detach().abs()?.mean_all()?.maximum(EPSILON as f64)?;
     let scaled = w.broadcast_div(&b)?;
     let codes = round_half_even(&scaled.clamp(-1.0, 1.0)?)?;
     Ok((straight_through(&codes, &scaled)?, b))

@@ -224,7 +224,7 @@ impl Parameters {
     }
 }
 
-/// The f32 tensor called `name`, if it has the shape the model needs.
+/// The tensor called `name` as f32, if it is floating point and has the shape the model needs.
 pub(crate) fn checked(
     tensors: &HashMap<String, Tensor>,
     name: &str,
@@ -237,6 +237,12 @@ pub(crate) fn checked(
         return Err(Error::usage(format!(
             "tensor `{name}` has shape {:?}, the model needs {shape:?}: check the model section",
             tensor.dims()
+        )));
+    }
+    if !tensor.dtype().is_float() {
+        return Err(Error::usage(format!(
+            "tensor `{name}` holds {:?}, the model needs floating point: an exported model?",
+            tensor.dtype()
         )));
     }
     Ok(tensor.to_dtype(DType::F32)?)

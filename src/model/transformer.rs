@@ -80,7 +80,7 @@ impl BitNetTransformer {
     /// No tokens, or a sequence longer than `max_seq_len`; labels of another shape; an id or label
     /// outside the vocabulary.
     pub fn forward(&self, ids: &Tensor, labels: Option<&Tensor>) -> Result<Output> {
-        self.check_shapes(ids, labels)?;
+        self.check(ids, labels)?;
         let (batch, seq) = ids.dims2()?;
         let logits = self.graph(&self.weights, ids)?;
         let loss = labels
@@ -92,11 +92,11 @@ impl BitNetTransformer {
 
     /// Logits (batch, seq, vocab) without a graph. Arguments and errors as in [`Self::forward`].
     pub fn logits(&self, ids: &Tensor) -> Result<Tensor> {
-        self.check_shapes(ids, None)?;
+        self.check(ids, None)?;
         let (batch, seq) = ids.dims2()?;
         let weights = self.weights.map(Tensor::detach);
         let logits = if self.device().is_cpu() {
-            let ids = self.ids(ids)?;
+            let ids = to_ids(ids)?;
             let hidden = self.on_cpu(seq, |network| network.hidden(&ids));
             let shape = (batch * seq, self.config.hidden_size);
             Tensor::from_vec(hidden, shape, self.device())?.matmul(&weights.lm_head().t()?)?
@@ -108,9 +108,9 @@ impl BitNetTransformer {
 
     /// Mean cross-entropy in nats, without a graph. Arguments and errors as in [`Self::forward`].
     pub fn loss(&self, ids: &Tensor, labels: &Tensor) -> Result<f64> {
-        self.check_shapes(ids, Some(labels))?;
+        self.check(ids, Some(labels))?;
         if self.device().is_cpu() {
-            let (seq, ids, labels) = (ids.dim(1)?, self.ids(ids)?, self.ids(labels)?);
+            let (seq, ids, labels) = (ids.dim(1)?, to_ids(ids)?, to_ids(labels)?);
             return Ok(self.on_cpu(seq, |network| network.loss(&ids, &labels)));
         }
         let logits = self.graph(&self.weights.map(Tensor::detach), ids)?;
@@ -125,10 +125,10 @@ impl BitNetTransformer {
         labels: &Tensor,
         scale: f64,
     ) -> Result<(f64, Vec<Tensor>)> {
-        self.check_shapes(ids, Some(labels))?;
+        self.check(ids, Some(labels))?;
         let parameters = self.parameters.iter();
         if self.device().is_cpu() {
-            let (seq, ids, labels) = (ids.dim(1)?, self.ids(ids)?, self.ids(labels)?);
+            let (seq, ids, labels) = (ids.dim(1)?, to_ids(ids)?, to_ids(labels)?);
             let (loss, gradients) = self.on_cpu(seq, |network| {
                 network.loss_and_gradients(&ids, &labels, scale as f32)
             });
@@ -149,7 +149,7 @@ impl BitNetTransformer {
         Ok((loss.to_scalar::<f32>()? as f64, gradients))
     }
 
-    fn check_shapes(&self, ids: &Tensor, labels: Option<&Tensor>) -> Result<()> {
+    fn check(&self, ids: &Tensor, labels: Option<&Tensor>) -> Result<()> {
         let (batch, seq) = ids.dims2()?;
         let max = self.config.max_seq_len;
         if seq > max {
@@ -162,12 +162,25 @@ impl BitNetTransformer {
                 "no tokens in ids of shape ({batch}, {seq})"
             )));
         }
-        match labels.map(Tensor::dims) {
-            Some(dims) if dims != [batch, seq] => Err(Error::usage(format!(
-                "labels of shape {dims:?} do not match ids of shape ({batch}, {seq})"
-            ))),
-            _ => Ok(()),
+        if let Some(labels) = labels
+            && labels.dims() != ids.dims()
+        {
+            return Err(Error::usage(format!(
+                "labels of shape {:?} do not match ids of shape {:?}",
+                labels.dims(),
+                ids.dims()
+            )));
         }
+        let vocab = self.config.vocab_size;
+        for tensor in [Some(ids), labels].into_iter().flatten() {
+            let largest = to_ids(tensor)?.into_iter().max();
+            if let Some(id) = largest.filter(|id| *id as usize >= vocab) {
+                return Err(Error::usage(format!(
+                    "token id {id} is outside the vocabulary of {vocab}"
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn heads(&self) -> Heads {
@@ -225,18 +238,10 @@ impl BitNetTransformer {
             sin: f32_slice(&sin),
         })
     }
+}
 
-    /// Token ids as integers below the vocabulary's size.
-    fn ids(&self, ids: &Tensor) -> Result<Vec<u32>> {
-        let ids = ids.flatten_all()?.to_vec1::<u32>()?;
-        let vocab = self.config.vocab_size;
-        match ids.iter().find(|id| **id as usize >= vocab) {
-            Some(id) => Err(Error::usage(format!(
-                "token id {id} is outside the vocabulary of {vocab}"
-            ))),
-            None => Ok(ids),
-        }
-    }
+fn to_ids(tensor: &Tensor) -> candle_core::Result<Vec<u32>> {
+    tensor.flatten_all()?.to_vec1()
 }
 
 fn cross_entropy(logits: &Tensor, labels: &Tensor) -> candle_core::Result<Tensor> {

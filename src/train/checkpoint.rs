@@ -90,14 +90,23 @@ impl CheckpointDir {
             return Err(error);
         }
         let target = self.root.join(&name);
-        remove_dir(&target)?;
+        // One of the same step makes way last, so that a kill in between costs nothing older.
+        let replaced = self.root.join(format!(".{name}.replaced"));
+        remove_dir(&replaced)?;
+        if target.exists() {
+            fs::rename(&target, &replaced).at("rename", &target)?;
+        }
         fs::rename(&temporary, &target).at("rename", &temporary)?;
         sync_dir(&self.root)?;
+        remove_dir(&replaced)?;
         self.point("latest", &target)?;
         Ok(target)
     }
 
     /// Makes `latest` or `best` name a checkpoint.
+    ///
+    /// # Errors
+    /// What the operating system refused, here and below.
     pub fn point(&self, pointer: &str, target: &Path) -> Result<()> {
         let name = target.file_name().unwrap_or_default().to_string_lossy();
         write_atomically(&self.root.join(pointer), name.as_bytes())
@@ -124,7 +133,11 @@ impl CheckpointDir {
         Ok(all)
     }
 
-    /// The newest checkpoint that is whole; every broken one on the way is warned about.
+    /// The newest checkpoint that is whole, among those whose step `accept` takes; every broken one
+    /// on the way is warned about.
+    ///
+    /// # Errors
+    /// A file that is there and cannot be read: its checkpoint may well be whole.
     pub fn newest_valid(&self, accept: impl Fn(u64) -> bool) -> Result<Option<(PathBuf, State)>> {
         for (step, path) in self.list()?.into_iter().rev() {
             if !accept(step) {
@@ -132,6 +145,9 @@ impl CheckpointDir {
             }
             match verify(&path) {
                 Ok(state) => return Ok(Some((path, state))),
+                Err(Error::Io { source, .. }) if source.kind() != ErrorKind::NotFound => {
+                    return Err(source).at("read the checkpoint", &path);
+                }
                 Err(error) => tracing::warn!("{error}; trying the checkpoint before it"),
             }
         }
@@ -158,13 +174,27 @@ impl CheckpointDir {
         Ok(())
     }
 
-    /// Deletes the checkpoints after `step`, newest first.
+    /// Deletes the checkpoints after `step`, newest first, and `best` if it named one of them.
     pub fn discard_after(&self, step: u64) -> Result<()> {
         let later = self.list()?.into_iter().rev();
         for (_, path) in later.take_while(|(other, _)| *other > step) {
             remove_dir(&path)?;
         }
+        if !self.has_best() {
+            remove_file(&self.root.join("best"))?;
+        }
         Ok(())
+    }
+
+    /// Whether `best` names a checkpoint that is there.
+    pub fn has_best(&self) -> bool {
+        resolve(&self.root.join("best")).is_ok()
+    }
+
+    /// Whether `checkpoint` is one of this run's.
+    pub fn holds(&self, checkpoint: &Path) -> bool {
+        let parent = checkpoint.parent().map(fs::canonicalize);
+        matches!((parent, fs::canonicalize(&self.root)), (Some(Ok(a)), Ok(b)) if a == b)
     }
 
     /// Replaces a checkpoint's state, tensors untouched, and makes it the latest.
@@ -198,20 +228,21 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
 /// Reads a checkpoint's state and compares every checksum.
 ///
 /// # Errors
-/// `Format` naming the file that is torn, missing or changed.
+/// `Format` naming the file that is torn or changed; `Io` for one that is missing or unreadable.
 pub fn verify(dir: &Path) -> Result<State> {
     let path = dir.join(STATE);
     let text = fs::read(&path).at("read", &path)?;
-    let mut state: State = serde_json::from_slice(&text)
+    let state: State = serde_json::from_slice(&text)
         .map_err(|e| Error::format(&path, format!("torn or changed ({e})")))?;
-    let stored = std::mem::take(&mut state.checksum);
-    if stored != hex(xxh3_64(&state.to_json()?)) {
+    // Of the bytes as they are: a later version may write more keys, or other ones.
+    let text = String::from_utf8_lossy(&text);
+    let (filled, empty) = (checksum_field(&state.checksum), checksum_field(""));
+    if state.checksum != hex(xxh3_64(text.replacen(&filled, &empty, 1).as_bytes())) {
         return Err(Error::format(
             &path,
             "its checksum does not match: the file was changed",
         ));
     }
-    state.checksum = stored;
     for (name, stored) in &state.files {
         let path = dir.join(name);
         if *stored != file_checksum(&path)? {
@@ -234,6 +265,9 @@ pub fn load_model(dir: &Path, config: &Config, device: &Device) -> Result<BitNet
 }
 
 /// The optimizer of a checkpoint.
+///
+/// # Errors
+/// As [`load_model`].
 pub fn load_optimizer(dir: &Path, config: &Config, parameters: &Parameters) -> Result<AdamW> {
     let path = dir.join(OPTIMIZER);
     let tensors = candle_core::safetensors::load(&path, &Device::Cpu)
@@ -242,7 +276,8 @@ pub fn load_optimizer(dir: &Path, config: &Config, parameters: &Parameters) -> R
         .iter()
         .map(|p| {
             let read = |kind: &str| -> Result<Tensor> {
-                let tensor = checked(&tensors, &format!("{kind}.{}", p.name), p.var.dims())?;
+                let tensor = checked(&tensors, &format!("{kind}.{}", p.name), p.var.dims())
+                    .map_err(|e| Error::format(&path, e))?;
                 Ok(tensor.to_device(p.var.device())?)
             };
             Ok(Moments {
@@ -252,6 +287,11 @@ pub fn load_optimizer(dir: &Path, config: &Config, parameters: &Parameters) -> R
         })
         .collect::<Result<_>>()?;
     Ok(AdamW::with_moments(&config.optimizer, moments))
+}
+
+/// The line of `state.json` with its own checksum, as [`State::to_json`] writes it.
+fn checksum_field(checksum: &str) -> String {
+    format!("\n  \"checksum\": \"{checksum}\"\n")
 }
 
 impl State {
@@ -307,7 +347,8 @@ fn write_files(
         files,
         checksum: String::new(),
     };
-    state.write(dir)
+    state.write(dir)?;
+    sync_dir(dir)
 }
 
 fn write_tensors(path: &Path, tensors: HashMap<String, Tensor>) -> Result<()> {
@@ -332,7 +373,7 @@ pub(super) fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
 }
 
 fn sync_file(path: &Path) -> Result<()> {
-    let file = File::open(path).at("open", path)?;
+    let file = File::options().write(true).open(path).at("open", path)?;
     file.sync_all().at("write", path)
 }
 
@@ -345,7 +386,14 @@ fn sync_dir(path: &Path) -> Result<()> {
 
 fn remove_dir(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).at("remove", path),
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(e).at("remove", path),
+        _ => Ok(()),
+    }
+}
+
+fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(e).at("remove", path),
         _ => Ok(()),
     }
 }

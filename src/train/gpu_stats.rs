@@ -1,8 +1,6 @@
 //! What NVIDIA's management library (NVML) says about the GPUs. It ships with the driver and is loaded at run time; without
-//! it there are simply no GPUs here, so nothing in this file fails.
-//!
-//! Indices are NVML's, in the order of PCI bus ids. CUDA counts the same way under `CUDA_DEVICE_ORDER=PCI_BUS_ID` and
-//! while `CUDA_VISIBLE_DEVICES` hides none.
+//! it there are simply no GPUs here, so nothing in this file fails. A GPU is named by its PCI bus id, as CUDA's numbers
+//! are others than NVML's once `CUDA_VISIBLE_DEVICES` is set.
 
 use nvml_wrapper::Nvml;
 use nvml_wrapper::enum_wrappers::device::TemperatureSensor;
@@ -19,6 +17,8 @@ pub struct GpuInfo {
     pub compute_capability: (i32, i32),
     /// Device memory, in bytes.
     pub total_memory: u64,
+    /// `domain:bus:device.function`, such as `00000000:1B:00.0`.
+    pub pci_bus_id: String,
 }
 
 /// A reading at one moment. `None`: this GPU does not report it (a MIG slice has no utilisation, for example).
@@ -39,22 +39,25 @@ pub struct GpuStats {
 /// Reads one GPU's state as training goes on.
 pub struct GpuMonitor {
     nvml: Nvml,
-    index: u32,
+    pci_bus_id: String,
 }
 
 impl GpuMonitor {
-    /// `None` where there is no NVIDIA driver or no GPU of this index.
-    pub fn new(index: u32) -> Option<Self> {
+    /// `None` where there is no NVIDIA driver or no GPU at this place.
+    pub fn new(pci_bus_id: &str) -> Option<Self> {
         let monitor = Self {
             nvml: Nvml::init().ok()?,
-            index,
+            pci_bus_id: pci_bus_id.to_owned(),
         };
         monitor.stats().is_some().then_some(monitor)
     }
 
     /// The state now; takes well under a millisecond. `None` if the driver has lost the GPU.
     pub fn stats(&self) -> Option<GpuStats> {
-        let device = self.nvml.device_by_index(self.index).ok()?;
+        let device = self
+            .nvml
+            .device_by_pci_bus_id(self.pci_bus_id.as_str())
+            .ok()?;
         let memory = device.memory_info().ok()?;
         Some(GpuStats {
             memory_used: memory.used,
@@ -85,5 +88,6 @@ fn describe(nvml: &Nvml, index: u32) -> Result<GpuInfo, NvmlError> {
         driver: nvml.sys_driver_version()?,
         compute_capability: (capability.major, capability.minor),
         total_memory: device.memory_info()?.total,
+        pci_bus_id: device.pci_info()?.bus_id,
     })
 }

@@ -155,11 +155,18 @@ pub fn truncate_beyond(run_dir: &Path, step: u64, rollbacks: u32) -> Result<()> 
     let Ok(text) = fs::read(&path) else {
         return Ok(());
     };
-    let mut rollbacks_left = rollbacks;
+    let lines: Vec<(usize, Value)> = text
+        .split_inclusive(|byte| *byte == b'\n')
+        .map(|line| (line.len(), serde_json::from_slice(line).unwrap_or_default()))
+        .collect();
+    let is_rollback = |line: &Value| line["event"] == "rollback";
+    // A rollback may be in the state and not here: recorded by the run this one was forked from,
+    // or not recorded yet when the run was killed.
+    let recorded = lines.iter().filter(|(_, line)| is_rollback(line)).count();
+    let mut rollbacks_left = (rollbacks as usize).min(recorded);
     let mut end = 0;
-    for line in text.split_inclusive(|byte| *byte == b'\n') {
-        let value: Value = serde_json::from_slice(line).unwrap_or_default();
-        let rolled_back = value["event"] == "rollback";
+    for (length, value) in lines {
+        let rolled_back = is_rollback(&value);
         let beyond = match value["step"].as_u64() {
             Some(recorded) => rollbacks_left == 0 && (recorded > step || rolled_back),
             None => true,
@@ -167,8 +174,8 @@ pub fn truncate_beyond(run_dir: &Path, step: u64, rollbacks: u32) -> Result<()> 
         if beyond {
             break;
         }
-        rollbacks_left -= u32::from(rolled_back);
-        end += line.len();
+        rollbacks_left -= usize::from(rolled_back);
+        end += length;
     }
     let file = OpenOptions::new()
         .write(true)

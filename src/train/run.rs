@@ -12,7 +12,7 @@ use super::sample::Sampler;
 use super::trainer::{StepOutcome, Trainer};
 use crate::config::Config;
 use crate::error::IoContext;
-use crate::{Error, Result};
+use crate::{Error, Result, device};
 
 /// Where a run lives and how it starts and ends.
 #[derive(Clone, Debug)]
@@ -34,6 +34,37 @@ pub enum Resume {
 }
 
 impl RunOptions {
+    /// Whether a run can start as it says, as far as the directories tell.
+    ///
+    /// # Errors
+    /// A run directory that holds another run, or later checkpoints than the one to go on from;
+    /// nothing to resume from.
+    pub fn check(&self) -> Result<()> {
+        let checkpoints = CheckpointDir::new(&self.out);
+        match &self.resume {
+            None => refuse_used_directory(&self.out),
+            Some(Resume::Latest) if checkpoints.list()?.is_empty() => Err(nothing_in(&self.out)),
+            Some(Resume::Latest) => Ok(()),
+            Some(Resume::Path(path)) => {
+                let dir = checkpoint::resolve(path)?;
+                if !checkpoints.holds(&dir) {
+                    return refuse_used_directory(&self.out);
+                }
+                match checkpoints.list()?.last() {
+                    Some((_, newest)) if newest.file_name() != dir.file_name() => {
+                        Err(Error::usage(format!(
+                            "{} is not the newest checkpoint: {} would be lost; go on with \
+                             --resume latest, or choose another --out",
+                            path.display(),
+                            newest.display()
+                        )))
+                    }
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+
     /// The step after which the run ends.
     fn end(&self, config: &Config) -> u64 {
         let planned = config.train.steps;
@@ -70,24 +101,22 @@ pub struct Summary {
 /// Trains as `config` says.
 ///
 /// # Errors
-/// A run directory that holds another run; nothing to resume from; what [`Trainer`] refuses.
+/// What [`RunOptions::check`] and [`Trainer`] refuse; a tokenizer that did not make the data.
 pub fn run(
     config: &Config,
     options: &RunOptions,
     device: &Device,
     observer: &mut dyn Observer,
 ) -> Result<Summary> {
+    options.check()?;
     let out = &options.out;
-    let mut trainer = match &options.resume {
+    let (mut trainer, start) = match &options.resume {
         Some(from) => resume(config, out, device, from)?,
-        None => {
-            refuse_used_directory(out)?;
-            Trainer::new(config, out, device)?
-        }
+        None => (Trainer::new(config, out, device)?, Start::New),
     };
     let sampler = match &config.data.tokenizer {
         Some(path) if path.is_file() && !config.eval.sample_prompt.is_empty() => {
-            Some(Sampler::new(path, &config.eval)?)
+            Some(Sampler::new(path, &config.eval, config.model.vocab_size)?)
         }
         Some(path) if !path.is_file() => {
             tracing::warn!(
@@ -100,12 +129,19 @@ pub fn run(
         _ => None,
     };
     std::fs::create_dir_all(out).at("create the run directory", out)?;
+    let saved = match start {
+        Start::New => None,
+        Start::Fork => Some(trainer.save()?),
+        Start::Resumed { dir, rollbacks } => {
+            // What the killed run did after this checkpoint happens again.
+            trainer.discard_later_checkpoints()?;
+            truncate_beyond(out, trainer.step_count(), rollbacks)?;
+            Some(dir)
+        }
+    };
     let config_path = out.join("config.yaml");
     checkpoint::write_atomically(&config_path, config.to_yaml()?.as_bytes())?;
-    let gpu = match device {
-        Device::Cuda(_) => GpuMonitor::new(gpu_index(device)),
-        _ => None,
-    };
+    let gpu = device::pci_bus_id(device).and_then(|id| GpuMonitor::new(&id));
     let metrics = Metrics::open(out, config.logging.tensorboard, gpu)?;
     observer.started(&trainer, device, options.end(config));
     Session {
@@ -113,55 +149,75 @@ pub fn run(
         metrics,
         sampler,
         observer,
-        saved: None,
+        saved: saved.map(|path| (trainer.step_count(), path)),
     }
     .train(&mut trainer, options)
 }
 
-fn gpu_index(device: &Device) -> u32 {
-    match device.location() {
-        candle_core::DeviceLocation::Cuda { gpu_id } => gpu_id as u32,
-        _ => 0,
-    }
+/// Where a run's first state comes from.
+enum Start {
+    New,
+    /// A checkpoint of another run.
+    Fork,
+    /// The checkpoint `dir` of the same run, which had seen so many rollbacks.
+    Resumed {
+        dir: PathBuf,
+        rollbacks: u32,
+    },
 }
 
 fn refuse_used_directory(out: &Path) -> Result<()> {
     // A run that failed before its first step left empty metrics, and nothing to lose.
+    let out_name = out.display();
     let recorded = std::fs::metadata(out.join("metrics.jsonl")).is_ok_and(|file| file.len() > 0);
-    if CheckpointDir::new(out).list()?.is_empty() && !recorded {
-        return Ok(());
+    if !CheckpointDir::new(out).list()?.is_empty() {
+        return Err(Error::usage(format!(
+            "{out_name} already holds a run: go on with --resume latest, or choose another --out"
+        )));
     }
-    Err(Error::usage(format!(
-        "{} already holds a run: go on with --resume latest, or choose another --out",
-        out.display()
-    )))
+    if recorded {
+        return Err(Error::usage(format!(
+            "{out_name} holds the records of a run that saved no checkpoint: delete it, or choose \
+             another --out"
+        )));
+    }
+    Ok(())
 }
 
-fn resume(config: &Config, out: &Path, device: &Device, from: &Resume) -> Result<Trainer> {
-    let (dir, state) = match from {
+fn nothing_in(out: &Path) -> Error {
+    Error::usage(format!(
+        "no whole checkpoint in {}: nothing to resume, start without --resume",
+        out.join("checkpoints").display()
+    ))
+}
+
+fn resume(config: &Config, out: &Path, device: &Device, from: &Resume) -> Result<(Trainer, Start)> {
+    let checkpoints = CheckpointDir::new(out);
+    let (dir, mut state) = match from {
         Resume::Path(path) => {
             let dir = checkpoint::resolve(path)?;
             let state = checkpoint::verify(&dir)?;
             (dir, state)
         }
-        Resume::Latest => CheckpointDir::new(out)
+        Resume::Latest => checkpoints
             .newest_valid(|_| true)?
-            .ok_or_else(|| {
-                Error::usage(format!(
-                    "no whole checkpoint in {}: nothing to resume, start without --resume",
-                    out.join("checkpoints").display()
-                ))
-            })?,
+            .ok_or_else(|| nothing_in(out))?,
     };
-    let (step, rollbacks) = (state.progress.step, state.progress.stability.rollbacks);
+    let fork = !checkpoints.holds(&dir);
+    if fork {
+        state.progress.best_val_loss = None;
+        state.progress.stability.origin = state.progress.step;
+    }
+    let rollbacks = state.progress.stability.rollbacks;
     let then = state.config.clone();
     let trainer = Trainer::resume(config, out, device, &dir, state)?;
     tracing::info!("resuming from {}", dir.display());
     warn_of_changes(config, &then)?;
-    // What the killed run did after this checkpoint happens again.
-    CheckpointDir::new(out).discard_after(step)?;
-    truncate_beyond(out, step, rollbacks)?;
-    Ok(trainer)
+    let start = match fork {
+        true => Start::Fork,
+        false => Start::Resumed { dir, rollbacks },
+    };
+    Ok((trainer, start))
 }
 
 /// A resumed run repeats the original bit by bit only with the same settings.
@@ -219,13 +275,17 @@ impl Session<'_> {
             }
         }
         let interrupted = trainer.step_count() < end;
-        let (val_loss, sample) = match interrupted {
-            true => (None, None),
-            false => (self.validate(trainer)?, self.sample(trainer)?),
+        let val_loss = match interrupted {
+            true => None,
+            false => self.validate(trainer)?,
         };
         let checkpoint = match self.saved.take() {
             Some((step, path)) if step == trainer.step_count() => path,
             _ => self.save(trainer)?,
+        };
+        let sample = match interrupted {
+            true => None,
+            false => self.sample(trainer)?,
         };
         self.metrics.flush()?;
         Ok(Summary {

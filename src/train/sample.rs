@@ -14,35 +14,43 @@ use crate::{Error, Result};
 pub struct Sampler {
     tokenizer: Tokenizer,
     path: PathBuf,
+    prompt: Vec<u32>,
     config: Eval,
 }
 
 impl Sampler {
+    /// For a model of `vocab_size` tokens.
+    ///
     /// # Errors
-    /// A tokenizer file that cannot be read.
-    pub fn new(tokenizer: &Path, config: &Eval) -> Result<Self> {
+    /// A tokenizer file that cannot be read; a prompt with ids that the model does not have.
+    pub fn new(path: &Path, config: &Eval, vocab_size: usize) -> Result<Self> {
+        let tokenizer = Tokenizer::from_file(path)
+            .map_err(|e| Error::format(path, format!("not a readable tokenizer ({e})")))?;
+        let encoding = tokenizer
+            .encode(config.sample_prompt.as_str(), false)
+            .map_err(|e| Error::format(path, e))?;
+        let prompt = encoding.get_ids().to_vec();
+        if let Some(id) = prompt.iter().find(|id| **id as usize >= vocab_size) {
+            return Err(Error::format(
+                path,
+                format!(
+                    "id {id} of eval.sample_prompt is outside the model's vocabulary of \
+                     {vocab_size}: give the tokenizer that made the training data"
+                ),
+            ));
+        }
         Ok(Self {
-            tokenizer: Tokenizer::from_file(tokenizer)
-                .map_err(|e| Error::format(tokenizer, format!("not a readable tokenizer ({e})")))?,
-            path: tokenizer.to_path_buf(),
+            tokenizer,
+            path: path.to_path_buf(),
+            prompt,
             config: config.clone(),
         })
     }
 
     /// The prompt and its continuation; the same text from the same model and seed.
     pub fn text(&self, model: &BitNetTransformer, seed: u64) -> Result<String> {
-        let failed = |e: tokenizers::Error| Error::format(&self.path, e);
-        let prompt = self.config.sample_prompt.as_str();
-        let encoding = self.tokenizer.encode(prompt, false).map_err(failed)?;
-        let mut ids = encoding.get_ids().to_vec();
-        let vocab = model.config().vocab_size;
-        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
-            return Err(Error::format(
-                &self.path,
-                format!("id {id} is outside the model's vocabulary of {vocab}"),
-            ));
-        }
-        let mut uniform = fastrand(seed);
+        let mut ids = self.prompt.clone();
+        let mut uniform = uniforms(seed);
         for _ in 0..self.config.sample_tokens {
             let context = &ids[ids.len().saturating_sub(model.config().max_seq_len)..];
             if context.is_empty() {
@@ -56,13 +64,14 @@ impl Sampler {
                 .to_vec1::<f32>()?;
             ids.push(draw(&last, self.config.sample_temperature, uniform()));
         }
-        self.tokenizer.decode(&ids, true).map_err(failed)
+        let text = self.tokenizer.decode(&ids, true);
+        text.map_err(|e| Error::format(&self.path, e))
     }
 }
 
 /// Uniform numbers in [0, 1) from a linear congruential generator (Knuth's MMIX constants):
 /// plenty for picking a few words.
-fn fastrand(seed: u64) -> impl FnMut() -> f64 {
+fn uniforms(seed: u64) -> impl FnMut() -> f64 {
     let mut state = seed ^ 0x9e37_79b9_7f4a_7c15;
     move || {
         state = state
@@ -106,7 +115,7 @@ mod tests {
         // At half the temperature the odds are 1 to 9.
         assert_eq!(draw(&logits, 0.5, 0.09), 0);
         assert_eq!(draw(&logits, 0.5, 0.11), 1);
-        let mut uniform = fastrand(1);
+        let mut uniform = uniforms(1);
         let mean = (0..1000).map(|_| uniform()).sum::<f64>() / 1000.0;
         assert!((mean - 0.5).abs() < 0.05);
     }

@@ -44,6 +44,9 @@ pub struct StabilityState {
     pub skipped: Vec<Range<u64>>,
     /// Step from which the learning rate eases back, and the factor it starts from.
     recovery: Option<(u64, f64)>,
+    /// Step the run began at: above 0 when it was forked from another's checkpoint.
+    #[serde(default)]
+    pub origin: u64,
 }
 
 /// Watches every step of a run.
@@ -94,8 +97,8 @@ impl Monitor {
     /// Factor on the planned learning rate: `lr_factor` after a rollback, linearly back to 1.
     pub fn lr_scale(&self, step: u64) -> f64 {
         match self.state.recovery {
-            Some((start, factor)) if step < start + self.config.recovery_steps => {
-                let eased = (step.saturating_sub(start)) as f64 / self.config.recovery_steps as f64;
+            Some((start, factor)) if step.saturating_sub(start) < self.config.recovery_steps => {
+                let eased = step.saturating_sub(start) as f64 / self.config.recovery_steps as f64;
                 factor + (1.0 - factor) * eased
             }
             _ => 1.0,
@@ -126,9 +129,13 @@ impl Monitor {
         }
     }
 
-    /// Whether a checkpoint of step `saved` has outlived the settling window at `now`.
+    /// Whether a rollback at `now` may go back to a checkpoint of step `saved`: it has outlived the
+    /// settling window, or it is where the run began.
     pub fn is_stable(&self, saved: u64, now: u64) -> bool {
-        saved + self.config.settle_steps <= now
+        let settled = now
+            .checked_sub(saved)
+            .is_some_and(|age| age >= self.config.settle_steps);
+        settled || saved == self.state.origin
     }
 }
 

@@ -57,10 +57,15 @@ pub struct Trainer {
     loss: Option<f64>,
     val_loss: Option<f64>,
     best_val_loss: Option<f64>,
+    /// Step whose weights `val_loss` is of, while it is known.
+    validated: Option<u64>,
 }
 
 impl Trainer {
     /// A new run in `run_dir`, which holds nothing yet.
+    ///
+    /// # Errors
+    /// Token files that cannot be read, or do not fit the model or the sequence length.
     pub fn new(config: &Config, run_dir: &Path, device: &Device) -> Result<Self> {
         let model = BitNetTransformer::new(&config.model, config.train.seed, device)?;
         let optimizer = AdamW::new(&config.optimizer, model.parameters())?;
@@ -68,6 +73,9 @@ impl Trainer {
     }
 
     /// Goes on from the checkpoint in `dir`, whose verified state is `state`, as `config` says.
+    ///
+    /// # Errors
+    /// As [`Self::new`]; a checkpoint of a model of another shape.
     pub fn resume(
         config: &Config,
         run_dir: &Path,
@@ -138,6 +146,7 @@ impl Trainer {
             loss: None,
             val_loss: None,
             best_val_loss: None,
+            validated: None,
         })
     }
 
@@ -147,8 +156,18 @@ impl Trainer {
         self.loss = progress.loss;
         self.val_loss = progress.val_loss;
         self.best_val_loss = progress.best_val_loss;
+        self.validated = None;
         self.monitor.state = progress.stability;
         self.loader.seek(progress.position)
+    }
+
+    /// Makes this step the run's newest: deletes the checkpoints after it.
+    pub fn discard_later_checkpoints(&mut self) -> Result<()> {
+        self.checkpoints.discard_after(self.step)?;
+        if !self.checkpoints.has_best() {
+            self.best_val_loss = None;
+        }
+        Ok(())
     }
 
     pub fn config(&self) -> &Config {
@@ -249,8 +268,8 @@ impl Trainer {
         let failed_step = self.step;
         if !self.monitor.may_roll_back() {
             return Err(Error::training(format!(
-                "step {}: {anomaly}, after {} rollbacks (stability.max_rollbacks); lower \
-                 optimizer.lr, check the data, and go on with --resume latest",
+                "step {}: {anomaly}, after {} rollbacks; lower optimizer.lr or check the data, \
+                 then raise stability.max_rollbacks and go on with --resume latest",
                 failed_step + 1,
                 self.monitor.state.rollbacks
             )));
@@ -274,6 +293,13 @@ impl Trainer {
                 self.optimizer =
                     checkpoint::load_optimizer(&dir, &self.config, self.model.parameters())?;
                 self.adopt(state.progress)?;
+                self.discard_later_checkpoints()?;
+            }
+            None if self.monitor.state.origin > 0 => {
+                return Err(Error::training(format!(
+                    "step {}: {anomaly}, and no whole checkpoint is left to go back to",
+                    failed_step + 1
+                )));
             }
             None => {
                 self.monitor.state = recovered(StabilityState::default(), 0);
@@ -299,8 +325,11 @@ impl Trainer {
         })
     }
 
-    /// Mean loss over the first `eval.batches` micro-batches of the held-out data; `None`
+    /// Mean loss in nats over the first `eval.batches` micro-batches of the held-out data; `None`
     /// without such data.
+    ///
+    /// # Errors
+    /// Unreadable data.
     pub fn validate(&mut self) -> Result<Option<f64>> {
         let Some(validation) = &self.validation else {
             return Ok(None);
@@ -321,18 +350,23 @@ impl Trainer {
         let loss = sum / rows as f64;
         if loss.is_finite() {
             self.val_loss = Some(loss);
+            self.validated = Some(self.step);
         }
         Ok(Some(loss))
     }
 
-    /// Writes a checkpoint, points `latest` and, when its validation loss is the lowest so far,
-    /// `best` at it, and deletes those no longer kept.
+    /// Writes a checkpoint, points `latest` and, when these very weights were validated and their
+    /// loss is the lowest so far, `best` at it, and deletes those no longer kept.
+    ///
+    /// # Errors
+    /// What the operating system refused; earlier checkpoints are untouched.
     pub fn save(&mut self) -> Result<PathBuf> {
-        let is_best = match (self.val_loss, self.best_val_loss) {
+        let lowest = match (self.val_loss, self.best_val_loss) {
             (Some(loss), Some(best)) => loss < best,
-            (Some(_), None) => true,
+            (loss, None) => loss.is_some(),
             _ => false,
         };
+        let is_best = lowest && self.validated == Some(self.step);
         if is_best {
             self.best_val_loss = self.val_loss;
         }
@@ -352,10 +386,11 @@ impl Trainer {
             self.checkpoints.point("best", &path)?;
         }
         let kept = &self.config.checkpoint;
+        // A rollback needs the newest stable one, and those after it are to become stable.
         let newest_stable = self.newest_stable_step()?;
         self.checkpoints
             .prune(kept.keep_last, kept.keep_every, |step| {
-                Some(step) == newest_stable
+                Some(step) >= newest_stable
             })?;
         Ok(path)
     }

@@ -156,15 +156,7 @@ impl Attention<'_> {
         let lhs = Mat::new(&q[queries.start * d..queries.end * d], queries.len(), d);
         let rhs = Mat::new(k, keys, d).t();
         let scale = self.score_scale();
-        matmul(
-            &mut scores,
-            keys,
-            Write::Replace,
-            scale,
-            lhs,
-            rhs,
-            Threads::One,
-        );
+        matmul(&mut scores, Write::Replace, scale, lhs, rhs, Threads::One);
         scores
     }
 
@@ -181,15 +173,7 @@ impl Attention<'_> {
             let rows = queries.start * d..queries.end * d;
             let lhs = Mat::new(&scores, queries.len(), keys);
             let rhs = Mat::new(v, keys, d);
-            matmul(
-                &mut out[rows],
-                d,
-                Write::Replace,
-                1.0,
-                lhs,
-                rhs,
-                Threads::One,
-            );
+            matmul(&mut out[rows], Write::Replace, 1.0, lhs, rhs, Threads::One);
         }
         (out, log_sum_exp)
     }
@@ -214,15 +198,7 @@ impl Attention<'_> {
             let mut p = self.scores(q, k, &queries, keys);
             let mut ds = vec![0f32; count * keys];
             let values = Mat::new(v, keys, d).t();
-            matmul(
-                &mut ds,
-                keys,
-                Write::Replace,
-                1.0,
-                douts,
-                values,
-                Threads::One,
-            );
+            matmul(&mut ds, Write::Replace, 1.0, douts, values, Threads::One);
             causal_softmax_backward(
                 &mut p,
                 &mut ds,
@@ -236,17 +212,9 @@ impl Attention<'_> {
             let ds = Mat::new(&ds, count, keys);
             let queries = Mat::new(&q[rows.clone()], count, d);
             let keys = Mat::new(k, keys, d);
-            matmul(
-                &mut dq[rows],
-                d,
-                Write::Replace,
-                scale,
-                ds,
-                keys,
-                Threads::One,
-            );
-            matmul(dk, d, Write::Add, scale, ds.t(), queries, Threads::One);
-            matmul(dv, d, Write::Add, 1.0, p.t(), douts, Threads::One);
+            matmul(&mut dq[rows], Write::Replace, scale, ds, keys, Threads::One);
+            matmul(dk, Write::Add, scale, ds.t(), queries, Threads::One);
+            matmul(dv, Write::Add, 1.0, p.t(), douts, Threads::One);
         }
         dq
     }

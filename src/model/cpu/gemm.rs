@@ -1,4 +1,4 @@
-//! f32 matrix products on strided slices, by the `gemm` crate.
+//! f32 matrix products on slices, by the `gemm` crate.
 
 use gemm::Parallelism;
 
@@ -15,17 +15,12 @@ pub struct Mat<'a> {
 impl<'a> Mat<'a> {
     /// Row-major (rows, cols), without gaps.
     pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        Self::strided(data, rows, cols, cols)
-    }
-
-    /// Row-major, rows `row_stride` apart.
-    pub fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
-        assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len());
+        assert!(rows * cols <= data.len());
         Self {
             data,
             rows,
             cols,
-            row_stride,
+            row_stride: cols,
             col_stride: 1,
         }
     }
@@ -55,22 +50,14 @@ pub enum Threads {
     All,
 }
 
-/// `dst = scale * lhs . rhs`, or `dst += ...`; dst is row-major, rows `dst_stride` apart.
-pub fn matmul(
-    dst: &mut [f32],
-    dst_stride: usize,
-    write: Write,
-    scale: f32,
-    lhs: Mat,
-    rhs: Mat,
-    threads: Threads,
-) {
+/// `dst = scale * lhs . rhs`, or `dst += ...`; dst is row-major, without gaps.
+pub fn matmul(dst: &mut [f32], write: Write, scale: f32, lhs: Mat, rhs: Mat, threads: Threads) {
     let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
     assert_eq!(k, rhs.rows);
     if m == 0 || n == 0 {
         return;
     }
-    assert!((m - 1) * dst_stride + n <= dst.len());
+    assert!(m * n <= dst.len());
     let parallelism = match threads {
         Threads::One => Parallelism::None,
         Threads::All => Parallelism::Rayon(0),
@@ -84,7 +71,7 @@ pub fn matmul(
             k,
             dst.as_mut_ptr(),
             1,
-            dst_stride as isize,
+            n as isize,
             write == Write::Add,
             lhs.data.as_ptr(),
             lhs.col_stride as isize,

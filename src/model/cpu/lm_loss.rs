@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::gemm::{Mat, Threads, Write, matmul};
 use crate::simd::{exp, max_by, sum, vectorized};
 
-/// Logits held at a time (16 MiB).
+/// Logits held at a time (16 MiB), but for 16 tokens at least.
 const CHUNK_LOGITS: usize = 4 << 20;
 
 vectorized! {
@@ -55,9 +55,9 @@ pub fn loss_and_gradients(
     let mut write = Write::Replace;
     let loss = for_each_chunk(hidden, weight, targets, scale, |first, rows, dlogits| {
         let dhidden = &mut gradients.hidden[first * k..];
-        matmul(dhidden, k, Write::Replace, 1.0, dlogits, head, Threads::All);
+        matmul(dhidden, Write::Replace, 1.0, dlogits, head, Threads::All);
         let dweight = &mut gradients.weight;
-        matmul(dweight, k, write, 1.0, dlogits.t(), rows, Threads::All);
+        matmul(dweight, write, 1.0, dlogits.t(), rows, Threads::All);
         write = Write::Add;
     });
     (loss, gradients)
@@ -84,7 +84,7 @@ fn for_each_chunk(
         let count = targets.len();
         let logits = &mut logits[..count * vocab];
         let rows = Mat::new(&hidden[first * k..][..count * k], count, k);
-        matmul(logits, vocab, Write::Replace, 1.0, rows, head, Threads::All);
+        matmul(logits, Write::Replace, 1.0, rows, head, Threads::All);
         let losses: Vec<f32> = logits
             .par_chunks_mut(vocab)
             .zip(targets)

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::gemm::{Mat, Threads, Write, matmul};
 use super::rms_norm::{backward_rows, column_sums, inverse_rms};
 use super::{ROWS_PER_SUM, rows_per_product};
+use crate::quant::ternary::EPSILON;
 use crate::simd::{abs_sum, max_by, vectorized};
 
 /// Elements of a weight that one task quantises.
@@ -52,7 +53,7 @@ fn ternary_codes(codes: &mut [f32], w: &[f32]) -> f32 {
     let sum: f64 = sums.iter().map(|s| *s as f64).sum();
     // Comparisons, not `max`, so that a NaN reaches the loss and the stability monitor sees it.
     let mean = (sum / w.len() as f64) as f32;
-    let b = if mean < 1e-5 { 1e-5 } else { mean };
+    let b = if mean < EPSILON { EPSILON } else { mean };
     codes
         .par_chunks_mut(WEIGHT_BLOCK)
         .zip(w.par_chunks(WEIGHT_BLOCK))
@@ -77,7 +78,7 @@ vectorized! {
                 *n = x * r * w;
             }
             let absmax = max_by(codes, f32::abs);
-            let s = 127.0 / if absmax < 1e-5 { 1e-5 } else { absmax };
+            let s = 127.0 / if absmax < EPSILON { EPSILON } else { absmax };
             *scale = s;
             for code in codes {
                 *code = (*code * s).round_ties_even().clamp(-128.0, 127.0);
@@ -162,7 +163,7 @@ impl<const WEIGHTS: usize> NormedBitLinear<'_, WEIGHTS> {
                 // Integer operands: the f32 sums are exact while |sum| < 2^24.
                 let lhs = Mat::new(codes, rows, k);
                 let rhs = Mat::new(&weights, n, k).t();
-                matmul(y, n, Write::Replace, 1.0, lhs, rhs, Threads::One);
+                matmul(y, Write::Replace, 1.0, lhs, rhs, Threads::One);
                 dequantise_sums(y, &column_scales, &scales);
                 if let Some(residual) = residual {
                     add(y, &residual[i * block * n..][..rows * n]);
@@ -198,7 +199,7 @@ impl<const WEIGHTS: usize> NormedBitLinear<'_, WEIGHTS> {
                 let mut dn = vec![0f32; x.len()];
                 let lhs = Mat::new(dy, x.len() / k, n);
                 let rhs = Mat::new(&saved.weights, n, k);
-                matmul(&mut dn, k, Write::Replace, 1.0, lhs, rhs, Threads::One);
+                matmul(&mut dn, Write::Replace, 1.0, lhs, rhs, Threads::One);
                 dx.chunks_mut(part)
                     .zip(dn.chunks_mut(part))
                     .zip(x.chunks(part))
@@ -214,7 +215,7 @@ impl<const WEIGHTS: usize> NormedBitLinear<'_, WEIGHTS> {
         let mut stacked = vec![0f32; n * k];
         let lhs = Mat::new(dy, tokens, n).t();
         let rhs = Mat::new(&saved.inputs, tokens, k);
-        matmul(&mut stacked, k, Write::Replace, 1.0, lhs, rhs, Threads::All);
+        matmul(&mut stacked, Write::Replace, 1.0, lhs, rhs, Threads::All);
         let mut rest = stacked.as_slice();
         let weights = self.weights.map(|weight| {
             let (part, after) = rest.split_at(weight.len());
