@@ -1,3 +1,5 @@
+//! The `titanbit` binary: the allocator, and a call of [`titanbit::cli::main`].
+
 use std::process::ExitCode;
 
 /// Training allocates and frees the same large tensors every step: an allocator that keeps their

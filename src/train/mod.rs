@@ -12,9 +12,7 @@ pub mod tensorboard;
 mod trainer;
 
 pub use metrics::StepRecord;
-pub use optimizer::{AdamW, UpdateScale, grad_norm};
+pub use optimizer::{AdamW, UpdateScale};
 pub use run::{Observer, Resume, RunOptions, Summary, run};
-pub use sample::Sampler;
-pub use schedule::LrSchedule;
-pub use stability::{Anomaly, Monitor, StabilityState};
+pub use stability::{Anomaly, StabilityState};
 pub use trainer::{StepOutcome, Trainer};

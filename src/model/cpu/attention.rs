@@ -280,7 +280,7 @@ impl Attention<'_> {
         (out, log_sum_exp)
     }
 
-    /// Gradient of qkv.
+    /// Gradient of qkv: `out` and `log_sum_exp` are the forward's, `dout` is of the shape of `out`.
     pub fn backward(
         &self,
         qkv: &[f32],

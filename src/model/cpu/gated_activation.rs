@@ -88,7 +88,7 @@ pub fn forward(gate_up: &[f32], features: usize, activation: Activation) -> Vec<
     y
 }
 
-/// Gradient of gate_up.
+/// Gradient of gate_up, (rows, 2 * features), from dy (rows, features).
 pub fn backward(gate_up: &[f32], dy: &[f32], features: usize, activation: Activation) -> Vec<f32> {
     let mut gradient = vec![0f32; gate_up.len()];
     gradient

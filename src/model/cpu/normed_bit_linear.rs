@@ -28,6 +28,7 @@ pub struct Saved {
     weights: Vec<f32>,
 }
 
+/// Gradients of the norm (K,) and of each weight (N_i, K).
 pub struct Gradients<const WEIGHTS: usize> {
     pub norm: Vec<f32>,
     pub weights: [Vec<f32>; WEIGHTS],
@@ -145,6 +146,7 @@ impl<const WEIGHTS: usize> NormedBitLinear<'_, WEIGHTS> {
         (codes, column_scales)
     }
 
+    /// x (tokens, K) and residual (tokens, N) -> y (tokens, N), with N the sum of all N_i.
     pub fn forward(&self, x: &[f32], residual: Option<&[f32]>) -> (Vec<f32>, Saved) {
         let (n, k) = (self.features(), self.norm.len());
         let tokens = x.len() / k;
@@ -178,7 +180,8 @@ impl<const WEIGHTS: usize> NormedBitLinear<'_, WEIGHTS> {
     }
 
     /// With n = rms_norm(x): dn = dY . (wq * b), dW = dY^T . (xq / s), straight through both
-    /// roundings. The gradient of x is written to `dx` or added to it.
+    /// roundings. x and dx are (tokens, K), dy is (tokens, N); the gradient of x is written to
+    /// `dx` or added to it, that of the residual is `dy` itself.
     pub fn backward(
         &self,
         saved: Saved,

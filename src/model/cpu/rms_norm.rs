@@ -68,7 +68,7 @@ pub fn forward(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     y
 }
 
-/// Gradients of x and of the weight; `dy` is used up.
+/// Gradients of x (rows, features) and of the weight (features,); `dy` is used up.
 pub fn backward(dy: &mut [f32], x: &[f32], weight: &[f32], eps: f32) -> (Vec<f32>, Vec<f32>) {
     let features = weight.len();
     let block = ROWS_PER_TASK * features;
