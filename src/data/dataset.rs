@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::bin_format::{TokenDtype, TokenFile};
+use super::bin_writer::directory_of;
 use crate::error::IoContext;
 use crate::{Error, Result};
 
@@ -232,21 +233,8 @@ fn shard_paths(path: &Path) -> Result<Vec<PathBuf>> {
         }
         return Ok(found);
     }
-    if !path.exists()
-        && let (Some(directory), Some(stem)) = (path.parent(), path.file_stem())
-        && path.extension().is_some_and(|extension| extension == "bin")
-    {
-        let prefix = format!("{}_", stem.to_string_lossy());
-        let directory = if directory.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            directory
-        };
-        let shards = if directory.is_dir() {
-            bin_files(directory, |stem| is_shard_name(stem, &prefix))?
-        } else {
-            Vec::new()
-        };
+    if !path.exists() && path.extension().is_some_and(|extension| extension == "bin") {
+        let shards = files_of_name(path)?;
         if shards.is_empty() {
             return Err(Error::usage(format!(
                 "no token file {}: make it with `titanbit tokenize`",
@@ -258,6 +246,19 @@ fn shard_paths(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(vec![path.to_path_buf()])
 }
 
+/// What exists of the token file `NAME.bin` and its shards `NAME_000.bin`, `NAME_001.bin`, ...
+pub(super) fn files_of_name(path: &Path) -> Result<Vec<PathBuf>> {
+    let directory = directory_of(path);
+    let Some(name) = path.file_stem().filter(|_| directory.is_dir()) else {
+        return Ok(Vec::new());
+    };
+    let name = name.to_string_lossy();
+    let prefix = format!("{name}_");
+    bin_files(directory, |stem| {
+        stem == name || is_shard_name(stem, &prefix)
+    })
+}
+
 /// `PREFIX` followed by digits.
 fn is_shard_name(stem: &str, prefix: &str) -> bool {
     stem.strip_prefix(prefix)
@@ -266,7 +267,7 @@ fn is_shard_name(stem: &str, prefix: &str) -> bool {
 
 /// The `.bin` files of a directory whose stem is wanted, shorter names first, then by name (so
 /// that shard 1000 comes after shard 999).
-fn bin_files(directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+pub(super) fn bin_files(directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(directory).at("list", directory)? {
         let path = entry.at("list", directory)?.path();

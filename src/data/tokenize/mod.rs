@@ -35,7 +35,7 @@ use reader::read_sources;
 use sources::Source;
 use vocabulary::Vocabulary;
 
-use super::bin_writer::replace_file;
+use super::bin_writer::{directory_of, replace_file};
 
 /// Name of the tokenizer's file, beside the output.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
@@ -239,13 +239,6 @@ fn prepare_directories(options: &TokenizeOptions) -> Result<PathBuf> {
         std::fs::remove_file(&probe).at("remove", &probe)?;
     }
     Ok(directory_of(&options.output).to_path_buf())
-}
-
-fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
 }
 
 /// Trains on the training split of a sample of the sources, as far as the sample's limit. Returns
