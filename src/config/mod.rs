@@ -53,7 +53,7 @@ impl Config {
 
     /// Samples (rows of `seq_len` tokens) in one optimizer step.
     pub fn samples_per_step(&self) -> u64 {
-        (self.train.micro_batch * self.train.grad_accum) as u64
+        self.train.micro_batch as u64 * self.train.grad_accum as u64
     }
 
     pub fn tokens_per_step(&self) -> u64 {
@@ -72,6 +72,14 @@ impl Config {
             )));
         }
         self.data.validate()?;
+        if let Some(prepare) = &self.data.prepare
+            && prepare.train_vocab > self.model.vocab_size
+        {
+            return Err(Error::usage(format!(
+                "data.prepare.train_vocab is {}: must not exceed model.vocab_size ({})",
+                prepare.train_vocab, self.model.vocab_size
+            )));
+        }
         self.optimizer.validate()?;
         self.schedule.validate(self.train.steps)?;
         self.stability.validate()?;
