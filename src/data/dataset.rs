@@ -33,6 +33,10 @@ impl TokenSet {
     /// name) or the name that shards share: `train.bin` stands for `train_000.bin`,
     /// `train_001.bin`, ... when there is no `train.bin`. `headerless` is as in
     /// [`TokenFile::open`].
+    ///
+    /// # Errors
+    /// `Usage` when there are no paths, no files where a path points, or files of different
+    /// tokenizers; otherwise as [`TokenFile::open`].
     pub fn open(paths: &[impl AsRef<Path>], headerless: Option<TokenDtype>) -> Result<Self> {
         if paths.is_empty() {
             return Err(Error::usage("a data set needs at least one token file"));
@@ -79,6 +83,13 @@ impl TokenSet {
         Ok(windows)
     }
 
+    /// Hash of the tokenizer that the set was made with, where a sidecar names it;
+    /// [`tokenizer_hash`](super::tokenize::vocabulary::tokenizer_hash) gives that of a file.
+    pub fn tokenizer_hash(&self) -> Option<&str> {
+        let sidecar = self.shards.iter().find_map(TokenFile::sidecar)?;
+        Some(&sidecar.tokenizer_hash)
+    }
+
     /// Refuses to mix token files whose sidecars name different tokenizers: their ids mean
     /// different things.
     pub(super) fn check_same_tokenizer(&self, other: &Self) -> Result<()> {
@@ -106,6 +117,9 @@ impl TokenSet {
     }
 
     /// Refuses a set whose sidecars state a larger vocabulary than the model's.
+    ///
+    /// # Errors
+    /// `Usage`, naming the file.
     pub fn check_vocab(&self, vocab_size: u32) -> Result<()> {
         for shard in &self.shards {
             if let Some(sidecar) = shard.sidecar()
@@ -142,6 +156,10 @@ impl TokenSet {
 
     /// Batches of `rows` windows in file order, for validation: at most `max_batches` of them,
     /// the last one smaller when the windows run out.
+    ///
+    /// # Errors
+    /// `Usage` when `rows` is zero, and as [`TokenSet::windows`]; each batch as
+    /// [`TokenSet::batch`].
     pub fn sequential_batches(
         &self,
         seq_len: usize,
