@@ -42,11 +42,17 @@ impl Config {
     }
 
     /// The same from text; `origin` names it in errors.
+    ///
+    /// # Errors
+    /// As [`Config::load`], but for reading.
     pub fn parse(text: &str, origin: &Path, overrides: &[String]) -> Result<Self> {
         load::from_text(text, origin, overrides)
     }
 
     /// The configuration as YAML, every key written out.
+    ///
+    /// # Errors
+    /// `Usage` when a value has no form in YAML, such as a path that is not UTF-8.
     pub fn to_yaml(&self) -> Result<String> {
         serde_yaml::to_string(self).map_err(Error::usage)
     }
