@@ -1,4 +1,5 @@
-//! Which device a command runs on: the `--device` flag and the name shown to the user.
+//! Which device a command runs on: the `--device` flag, the name shown to the user, and the memory
+//! of the host.
 
 use std::fs;
 
@@ -9,7 +10,8 @@ use crate::{Error, Result};
 /// The device that `spec` names: `cpu`, `cuda` (the first GPU), `cuda:N`, or `auto`: the first GPU
 /// if this binary has CUDA support and one answers, else the CPU (with a warning in the first case).
 ///
-/// Errors (usage) on any other name, and when a GPU is asked for by name and there is none.
+/// # Errors
+/// `Usage` on any other name, and when a GPU is asked for by name and there is none.
 pub fn select(spec: &str) -> Result<Device> {
     match spec {
         "auto" => Ok(auto()),
@@ -131,4 +133,14 @@ pub fn cpu_model() -> String {
             Some(line.split_once(':')?.1.trim().to_owned())
         })
         .unwrap_or_else(|| std::env::consts::ARCH.to_owned())
+}
+
+/// Bytes that a field of Linux's /proc/meminfo states, such as `MemTotal`; `None` elsewhere.
+pub fn host_memory(field: &str) -> Option<u64> {
+    let info = fs::read_to_string("/proc/meminfo").ok()?;
+    let value = info
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+    let kib: u64 = value.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib * 1024)
 }

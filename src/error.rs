@@ -56,6 +56,8 @@ impl Error {
 /// Adds the path and the attempted action to an I/O error:
 /// `File::open(p).at("open", p)?` prints `cannot open p: No such file or directory`.
 pub trait IoContext<T> {
+    /// # Errors
+    /// `Io`, for the error that it is called on.
     fn at(self, action: &'static str, path: impl AsRef<Path>) -> Result<T>;
 }
 

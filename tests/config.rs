@@ -157,7 +157,7 @@ fn overrides_win_over_the_file_and_later_ones_over_earlier() {
             "hardware.device=cuda:1",
             "data.prepare.input=[a, b]",
             "data.prepare.train_vocab=4096",
-            "data.prepare.val_fraction=0.1",
+            "data.prepare.val_fraction=0",
             "data.val=null",
             "optimizer.lr=4e-3",
         ],
@@ -293,6 +293,72 @@ fn hyper_parameters_out_of_range_are_refused_by_key() {
             &[&format!("train.{key} is 0"), "at least 1"],
         );
     }
+}
+
+/// Larger ones would overflow sums and products of counts later on.
+#[test]
+fn counts_beyond_any_use_are_refused_by_key() {
+    let max = u64::MAX.to_string();
+    for (key, limit) in [
+        ("train.steps", 1 << 30),
+        ("train.seq_len", 1 << 20),
+        ("train.micro_batch", 1 << 20),
+        ("train.grad_accum", 1 << 20),
+        ("stability.ema_warmup", 1 << 30),
+        ("stability.settle_steps", 1 << 30),
+        ("stability.recovery_steps", 1 << 30),
+        ("eval.every", 1 << 30),
+        ("eval.batches", 1 << 20),
+        ("eval.sample_tokens", 1 << 20),
+        ("checkpoint.every", 1 << 30),
+        ("checkpoint.keep_last", 1 << 20),
+        ("checkpoint.keep_every", 1 << 30),
+        ("logging.every", 1 << 30),
+    ] {
+        let message = refusal(parse_with("", &[&format!("{key}={max}")]));
+        let says = format!("{key} is {max}: must be at most {limit}");
+        assert!(message.ends_with(&says), "{message}");
+    }
+    let message = refusal(parse_with("", &[&format!("schedule.warmup_steps={max}")]));
+    assert!(message.contains("below train.steps"), "{message}");
+
+    let steps = "train.steps=1073741824";
+    let largest = ["train.micro_batch=4096", "train.grad_accum=512", steps];
+    let config = parse_with("", &largest).unwrap();
+    assert_eq!(config.tokens_per_step(), 1 << 32);
+    let message = refusal(parse_with("", &["train.micro_batch=4097", largest[1]]));
+    assert!(message.contains("the tokens of a step"), "{message}");
+    assert!(message.contains("at most 4294967296"), "{message}");
+}
+
+#[test]
+fn what_data_prepare_makes_must_suit_the_rest() {
+    let section = |prepare: &str| {
+        format!("data: {{val: VAL, prepare: {{input: [a], train_vocab: 4096, {prepare}}}}}")
+    };
+    for fraction in ["0", "1", "-0.1", ".nan"] {
+        refused(
+            &section(&format!("val_fraction: {fraction}")).replace("VAL", "v.bin"),
+            &[
+                "data.prepare.val_fraction is",
+                "above 0 and below 1, as data.val is set",
+            ],
+        );
+    }
+    for fraction in ["0.1", ".nan"] {
+        refused(
+            &section(&format!("val_fraction: {fraction}")).replace("VAL", "null"),
+            &[
+                "data.prepare.val_fraction is",
+                "must be 0, as data.val is null",
+            ],
+        );
+    }
+    let good = section("val_fraction: 0.1").replace("VAL", "v.bin");
+    assert!(parse(&good).is_ok());
+    let message = refusal(parse_with(&good, &["model.vocab_size=4095"]));
+    let says = "data.prepare.train_vocab is 4096: must not exceed model.vocab_size (4095)";
+    assert!(message.ends_with(says), "{message}");
 }
 
 #[test]

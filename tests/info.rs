@@ -185,9 +185,11 @@ fn wrong_questions_about_models() {
     );
     let zero = ["--model-size", "125M", "--micro-batch", "0"];
     refused(&zero, 2, &["train.micro_batch is 0"]);
-    // More memory than 64 bits count is still an answer: it does not fit.
     let huge = usize::MAX.to_string();
-    let report = json(&["--model-size", "3B", "--micro-batch", &huge]);
+    let rows = ["--model-size", "3B", "--micro-batch", &huge];
+    refused(&rows, 2, &["train.micro_batch is", "at most 1048576"]);
+    // More memory than any device has is still an answer: it does not fit.
+    let report = json(&["--model-size", "3B", "--micro-batch", "30000"]);
     assert_eq!(report["fits"][0]["fits"], false);
     for two in [
         ["--model-size", "3B", "--config", "a.yaml"],

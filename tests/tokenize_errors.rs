@@ -218,6 +218,45 @@ fn outputs_that_cannot_be() {
     refused(dir, &format!("{input} {same}"), 2, &["both a.bin"]);
 }
 
+/// `train.bin` would be left without the tokenizer that it was made with.
+#[test]
+fn the_tokenizer_of_another_token_file_is_not_replaced() {
+    let dir = workplace();
+    let dir = dir.path();
+    let says = [
+        "./tokenizer.json would be replaced",
+        "./train.bin was made with it",
+        "another directory",
+        "--tokenizer",
+    ];
+    fs::write(dir.join("other.txt"), "Quite another text.\n".repeat(20)).unwrap();
+    let trained = "--input other.txt --train-vocab 280";
+    refused(dir, &format!("{trained} --output other.bin"), 2, &says);
+
+    let accepted = |arguments: &str| {
+        let (code, error) = run(dir, arguments);
+        assert_eq!((code, error.as_str()), (0, ""), "{arguments}");
+    };
+    accepted(&format!("{trained} --output other/other.bin"));
+    let given = "--input other.txt --tokenizer other/tokenizer.json";
+    refused(dir, &format!("{given} --output other.bin"), 2, &says);
+
+    // The same tokenizer, or nothing but the run's own files: no file loses its tokenizer.
+    accepted("--input other.txt --tokenizer tokenizer.json --output other.bin");
+    let own = format!("{given} --output train.bin --max-shard-tokens 20");
+    refused(dir, &own, 2, &["./other.bin was made with it"]);
+    fs::remove_file(dir.join("other.bin")).unwrap();
+    accepted(&own);
+    accepted(&format!("--input good.txt {TRAIN}"));
+    let lines: String = (0..40)
+        .map(|n| format!("{{\"text\": \"{n}\"}}\n"))
+        .collect();
+    fs::write(dir.join("lines.jsonl"), lines).unwrap();
+    let outputs = format!("--output {}/part.bin --val-output train.bin", dir.display());
+    let given = "--input lines.jsonl --tokenizer other/tokenizer.json";
+    accepted(&format!("{given} --val-fraction 0.5 {outputs}"));
+}
+
 #[test]
 fn options_that_cannot_be() {
     let dir = workplace();

@@ -6,8 +6,6 @@ mod cuda;
 mod problem;
 mod timing;
 
-use std::fs;
-
 use candle_core::Device;
 use serde_json::{Value, json};
 
@@ -102,7 +100,8 @@ fn check_memory(args: &Args, device: &Device) -> Result<()> {
     // Codes and packed weights stay; a path adds 4 bytes for each operand value and two or three
     // int32 or float results.
     let host = 5.0 * (m * k + n * k) + n * k / 4.0 + 12.0 * m * n;
-    fits(args, "memory", host, host_memory_available())?;
+    let available = device::host_memory("MemAvailable");
+    fits(args, "memory", host, available.map(|bytes| bytes as f64))?;
     if let Device::Cuda(_device) = device {
         #[cfg(feature = "cuda")]
         {
@@ -130,16 +129,6 @@ fn fits(args: &Args, memory: &str, needed: f64, available: Option<f64>) -> Resul
         gib(needed),
         gib(available)
     )))
-}
-
-/// Bytes that Linux can hand out without swapping.
-fn host_memory_available() -> Option<f64> {
-    let info = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: f64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
-    Some(kib * 1024.0)
 }
 
 impl Measured {

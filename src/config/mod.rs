@@ -42,18 +42,24 @@ impl Config {
     }
 
     /// The same from text; `origin` names it in errors.
+    ///
+    /// # Errors
+    /// As [`Config::load`], but for reading.
     pub fn parse(text: &str, origin: &Path, overrides: &[String]) -> Result<Self> {
         load::from_text(text, origin, overrides)
     }
 
     /// The configuration as YAML, every key written out.
+    ///
+    /// # Errors
+    /// `Usage` when a value has no form in YAML, such as a path that is not UTF-8.
     pub fn to_yaml(&self) -> Result<String> {
         serde_yaml::to_string(self).map_err(Error::usage)
     }
 
     /// Samples (rows of `seq_len` tokens) in one optimizer step.
     pub fn samples_per_step(&self) -> u64 {
-        (self.train.micro_batch * self.train.grad_accum) as u64
+        self.train.micro_batch as u64 * self.train.grad_accum as u64
     }
 
     pub fn tokens_per_step(&self) -> u64 {
@@ -72,6 +78,14 @@ impl Config {
             )));
         }
         self.data.validate()?;
+        if let Some(prepare) = &self.data.prepare
+            && prepare.train_vocab > self.model.vocab_size
+        {
+            return Err(Error::usage(format!(
+                "data.prepare.train_vocab is {}: must not exceed model.vocab_size ({})",
+                prepare.train_vocab, self.model.vocab_size
+            )));
+        }
         self.optimizer.validate()?;
         self.schedule.validate(self.train.steps)?;
         self.stability.validate()?;

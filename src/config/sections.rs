@@ -38,6 +38,16 @@ fn at_least_one(key: &str, value: u64) -> Result<()> {
     require(value >= 1, key, value, "at least 1")
 }
 
+fn at_most(key: &str, value: u64, limit: u64) -> Result<()> {
+    require(value <= limit, key, value, &format!("at most {limit}"))
+}
+
+/// Bounds far beyond any use, which keep every sum and product of counts within 64 bits: a run is
+/// at most 2^30 steps of 2^32 tokens.
+const MAX_STEPS: u64 = 1 << 30;
+const MAX_TOKENS_PER_STEP: u64 = 1 << 32;
+const MAX_COUNT: u64 = 1 << 20;
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Train {
@@ -67,10 +77,22 @@ impl Default for Train {
 
 impl Train {
     pub(super) fn validate(&self) -> Result<()> {
-        at_least_one("train.steps", self.steps)?;
-        at_least_one("train.seq_len", self.seq_len as u64)?;
-        at_least_one("train.micro_batch", self.micro_batch as u64)?;
-        at_least_one("train.grad_accum", self.grad_accum as u64)
+        let [seq_len, micro_batch, grad_accum] =
+            [self.seq_len, self.micro_batch, self.grad_accum].map(|count| count as u64);
+        for (key, value, limit) in [
+            ("train.steps", self.steps, MAX_STEPS),
+            ("train.seq_len", seq_len, MAX_COUNT),
+            ("train.micro_batch", micro_batch, MAX_COUNT),
+            ("train.grad_accum", grad_accum, MAX_COUNT),
+        ] {
+            at_least_one(key, value)?;
+            at_most(key, value, limit)?;
+        }
+        at_most(
+            "train.micro_batch x train.grad_accum x train.seq_len, the tokens of a step,",
+            micro_batch * grad_accum * seq_len,
+            MAX_TOKENS_PER_STEP,
+        )
     }
 }
 
@@ -100,9 +122,10 @@ pub struct Prepare {
     /// Take a deterministic sample of about this many megabytes instead of everything.
     #[serde(default)]
     pub sample_mb: Option<u64>,
-    /// Vocabulary to train when `data.tokenizer` does not exist.
+    /// Vocabulary to train when `data.tokenizer` does not exist; at most `model.vocab_size`.
     pub train_vocab: usize,
-    /// Share of the documents held out for validation.
+    /// Share of the documents held out for validation: above 0 and below 1 with `data.val`, 0
+    /// without.
     pub val_fraction: f64,
 }
 
@@ -153,12 +176,15 @@ impl Data {
                 "empty",
                 "a list of files or directories",
             )?;
-            require(
-                prepare.val_fraction >= 0.0 && prepare.val_fraction < 1.0,
-                "data.prepare.val_fraction",
-                prepare.val_fraction,
-                "from 0 to below 1",
-            )?;
+            let fraction = prepare.val_fraction;
+            let (ok, allowed) = match &self.val {
+                Some(_) => (
+                    fraction > 0.0 && fraction < 1.0,
+                    "above 0 and below 1, as data.val is set",
+                ),
+                None => (fraction == 0.0, "0, as data.val is null"),
+            };
+            require(ok, "data.prepare.val_fraction", fraction, allowed)?;
             require(
                 self.train.len() == 1,
                 "data.train",
@@ -282,7 +308,8 @@ pub struct Stability {
     pub settle_steps: u64,
     /// Factor on the learning rate after a rollback.
     pub lr_factor: f64,
-    /// Steps over which the learning rate eases back.
+    /// Steps over which the learning rate eases back; 0 keeps the rate as it is after a rollback,
+    /// whatever `lr_factor` says.
     pub recovery_steps: u64,
     /// Rollbacks after which training stops; 0 stops at the first anomaly.
     pub max_rollbacks: u32,
@@ -321,7 +348,10 @@ impl Stability {
             "stability.lr_factor",
             self.lr_factor,
             "above 0, at most 1",
-        )
+        )?;
+        at_most("stability.ema_warmup", self.ema_warmup, MAX_STEPS)?;
+        at_most("stability.settle_steps", self.settle_steps, MAX_STEPS)?;
+        at_most("stability.recovery_steps", self.recovery_steps, MAX_STEPS)
     }
 }
 
@@ -353,7 +383,10 @@ impl Default for Eval {
 
 impl Eval {
     pub(super) fn validate(&self) -> Result<()> {
+        at_most("eval.every", self.every, MAX_STEPS)?;
         at_least_one("eval.batches", self.batches as u64)?;
+        at_most("eval.batches", self.batches as u64, MAX_COUNT)?;
+        at_most("eval.sample_tokens", self.sample_tokens as u64, MAX_COUNT)?;
         not_negative("eval.sample_temperature", self.sample_temperature)
     }
 }
@@ -381,7 +414,10 @@ impl Default for Checkpoint {
 
 impl Checkpoint {
     pub(super) fn validate(&self) -> Result<()> {
-        at_least_one("checkpoint.keep_last", self.keep_last as u64)
+        at_most("checkpoint.every", self.every, MAX_STEPS)?;
+        at_most("checkpoint.keep_every", self.keep_every, MAX_STEPS)?;
+        at_least_one("checkpoint.keep_last", self.keep_last as u64)?;
+        at_most("checkpoint.keep_last", self.keep_last as u64, MAX_COUNT)
     }
 }
 
@@ -404,7 +440,8 @@ impl Default for Logging {
 
 impl Logging {
     pub(super) fn validate(&self) -> Result<()> {
-        at_least_one("logging.every", self.every)
+        at_least_one("logging.every", self.every)?;
+        at_most("logging.every", self.every, MAX_STEPS)
     }
 }
 

@@ -18,6 +18,10 @@ pub struct CudaPackedTernary {
 }
 
 impl CudaPackedTernary {
+    /// Copies packed weights to the device.
+    ///
+    /// # Errors
+    /// `Tensor` if the driver refuses, as when memory runs out.
     pub fn upload(device: &CudaDevice, packed: &PackedTernary) -> Result<Self> {
         Ok(Self {
             rows: packed.rows(),
@@ -35,6 +39,10 @@ pub struct TernaryMatmul {
 }
 
 impl TernaryMatmul {
+    /// Loads the kernel.
+    ///
+    /// # Errors
+    /// `Tensor` if the driver refuses it.
     pub fn load(device: &CudaDevice) -> Result<Self> {
         Ok(Self {
             device: device.clone(),
@@ -45,8 +53,9 @@ impl TernaryMatmul {
     /// Queues the product on the device's stream and returns without waiting for it; `y` is
     /// overwritten whole. All three operands must live on the device given to `load`.
     ///
-    /// Errors on lengths that do not fit together, on K above [`matmul::MAX_K`], on M above
-    /// 2^31 - 1 or N above 65535 tiles (the limits of a CUDA grid), and if the driver refuses.
+    /// # Errors
+    /// `Usage` on lengths that do not fit together, on K above [`matmul::MAX_K`], on M above
+    /// 2^31 - 1 or N above 65535 tiles (the limits of a CUDA grid); `Tensor` if the driver refuses.
     pub fn launch(
         &self,
         x: &CudaView<i8>,

@@ -83,7 +83,7 @@ impl Sidecar {
         bin.with_extension("json")
     }
 
-    fn read_beside(bin: &Path) -> Result<Option<Self>> {
+    pub(super) fn read_beside(bin: &Path) -> Result<Option<Self>> {
         let path = Self::path_for(bin);
         let text = match std::fs::read(&path) {
             Ok(text) => text,
@@ -104,7 +104,7 @@ impl Sidecar {
 }
 
 /// xxh3-64 in the form that sidecars hold.
-pub(super) fn hex(hash: u64) -> String {
+pub(crate) fn hex(hash: u64) -> String {
     format!("{hash:016x}")
 }
 

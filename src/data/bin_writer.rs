@@ -25,6 +25,9 @@ pub struct TokenWriter {
 impl TokenWriter {
     /// Starts a file at `temporary`, replacing what an earlier run that died may have left there.
     /// `vocab_size` decides the token type, and every id is checked against it.
+    ///
+    /// # Errors
+    /// `Io` when the file cannot be created or written.
     pub fn create(temporary: impl Into<PathBuf>, vocab_size: u32) -> Result<Self> {
         let temporary = temporary.into();
         let file = File::create(&temporary).at("create", &temporary)?;
@@ -83,6 +86,9 @@ impl TokenWriter {
     }
 
     /// Writes the header and makes the file durable, still under its temporary name.
+    ///
+    /// # Errors
+    /// `Io` when the disk refuses; the temporary file is removed.
     pub fn finish(mut self) -> Result<FinishedTokens> {
         let (magic, version) = self.dtype.magic_and_version();
         let path = &self.temporary.0;
@@ -121,6 +127,11 @@ impl FinishedTokens {
 
     /// Gives the file its final name, after its sidecar has one: a token file that can be seen
     /// has its sidecar.
+    ///
+    /// # Errors
+    /// `Io` when either cannot be written or renamed. The sidecar may then be the new one while
+    /// the token file is the old one or missing: [`super::TokenFile::open`] refuses the pair when
+    /// their numbers of tokens differ.
     pub fn publish(self, path: &Path, sidecar: &Sidecar) -> Result<()> {
         let mut json = serde_json::to_vec_pretty(sidecar).map_err(std::io::Error::from);
         if let Ok(json) = &mut json {
@@ -133,13 +144,47 @@ impl FinishedTokens {
 }
 
 /// Writes `bytes` to `path` so that the old file or the whole new one is there, whatever happens.
-pub(super) fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = TemporaryFile(temporary_name(path));
     let mut file = File::create(&temporary.0).at("create", &temporary.0)?;
     file.write_all(bytes).at("write", &temporary.0)?;
     file.sync_all().at("write", &temporary.0)?;
     drop(file);
     temporary.rename(path)
+}
+
+/// Makes the names in a directory last through a power cut, as far as its file system can.
+#[cfg(unix)]
+pub(crate) fn sync_dir(path: &Path) -> Result<()> {
+    use std::io::ErrorKind;
+
+    let directory = File::open(path).at("open", path)?;
+    match directory.sync_all() {
+        // Some network file systems know no such thing, which is no reason to stop.
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::InvalidInput | ErrorKind::Unsupported
+            ) =>
+        {
+            Ok(())
+        }
+        outcome => outcome.at("write", path),
+    }
+}
+
+/// Only Unix opens a directory like a file; elsewhere the system alone decides when a name lasts.
+#[cfg(not(unix))]
+pub(crate) fn sync_dir(_path: &Path) -> Result<()> {
+    Ok(())
+}
+
+/// The directory that `path` lies in.
+pub(super) fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }
 
 /// `NAME.tmp` beside `NAME`.
@@ -155,14 +200,7 @@ struct TemporaryFile(PathBuf);
 impl TemporaryFile {
     fn rename(self, path: &Path) -> Result<()> {
         fs::rename(&self.0, path).at("replace", path)?;
-        let directory = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        // The new name is durable only once its directory is.
-        File::open(directory)
-            .and_then(|directory| directory.sync_all())
-            .at("write", directory)
+        sync_dir(directory_of(path))
     }
 }
 

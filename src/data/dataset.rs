@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::bin_format::{TokenDtype, TokenFile};
+use super::bin_writer::directory_of;
 use crate::error::IoContext;
 use crate::{Error, Result};
 
@@ -32,6 +33,10 @@ impl TokenSet {
     /// name) or the name that shards share: `train.bin` stands for `train_000.bin`,
     /// `train_001.bin`, ... when there is no `train.bin`. `headerless` is as in
     /// [`TokenFile::open`].
+    ///
+    /// # Errors
+    /// `Usage` when there are no paths, no files where a path points, or files of different
+    /// tokenizers; otherwise as [`TokenFile::open`].
     pub fn open(paths: &[impl AsRef<Path>], headerless: Option<TokenDtype>) -> Result<Self> {
         if paths.is_empty() {
             return Err(Error::usage("a data set needs at least one token file"));
@@ -78,6 +83,13 @@ impl TokenSet {
         Ok(windows)
     }
 
+    /// Hash of the tokenizer that the set was made with, where a sidecar names it;
+    /// [`tokenizer_hash`](super::tokenize::vocabulary::tokenizer_hash) gives that of a file.
+    pub fn tokenizer_hash(&self) -> Option<&str> {
+        let sidecar = self.shards.iter().find_map(TokenFile::sidecar)?;
+        Some(&sidecar.tokenizer_hash)
+    }
+
     /// Refuses to mix token files whose sidecars name different tokenizers: their ids mean
     /// different things.
     pub(super) fn check_same_tokenizer(&self, other: &Self) -> Result<()> {
@@ -105,6 +117,9 @@ impl TokenSet {
     }
 
     /// Refuses a set whose sidecars state a larger vocabulary than the model's.
+    ///
+    /// # Errors
+    /// `Usage`, naming the file.
     pub fn check_vocab(&self, vocab_size: u32) -> Result<()> {
         for shard in &self.shards {
             if let Some(sidecar) = shard.sidecar()
@@ -141,6 +156,10 @@ impl TokenSet {
 
     /// Batches of `rows` windows in file order, for validation: at most `max_batches` of them,
     /// the last one smaller when the windows run out.
+    ///
+    /// # Errors
+    /// `Usage` when `rows` is zero, and as [`TokenSet::windows`]; each batch as
+    /// [`TokenSet::batch`].
     pub fn sequential_batches(
         &self,
         seq_len: usize,
@@ -232,21 +251,8 @@ fn shard_paths(path: &Path) -> Result<Vec<PathBuf>> {
         }
         return Ok(found);
     }
-    if !path.exists()
-        && let (Some(directory), Some(stem)) = (path.parent(), path.file_stem())
-        && path.extension().is_some_and(|extension| extension == "bin")
-    {
-        let prefix = format!("{}_", stem.to_string_lossy());
-        let directory = if directory.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            directory
-        };
-        let shards = if directory.is_dir() {
-            bin_files(directory, |stem| is_shard_name(stem, &prefix))?
-        } else {
-            Vec::new()
-        };
+    if !path.exists() && path.extension().is_some_and(|extension| extension == "bin") {
+        let shards = files_of_name(path)?;
         if shards.is_empty() {
             return Err(Error::usage(format!(
                 "no token file {}: make it with `titanbit tokenize`",
@@ -258,6 +264,19 @@ fn shard_paths(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(vec![path.to_path_buf()])
 }
 
+/// What exists of the token file `NAME.bin` and its shards `NAME_000.bin`, `NAME_001.bin`, ...
+pub(super) fn files_of_name(path: &Path) -> Result<Vec<PathBuf>> {
+    let directory = directory_of(path);
+    let Some(name) = path.file_stem().filter(|_| directory.is_dir()) else {
+        return Ok(Vec::new());
+    };
+    let name = name.to_string_lossy();
+    let prefix = format!("{name}_");
+    bin_files(directory, |stem| {
+        stem == name || is_shard_name(stem, &prefix)
+    })
+}
+
 /// `PREFIX` followed by digits.
 fn is_shard_name(stem: &str, prefix: &str) -> bool {
     stem.strip_prefix(prefix)
@@ -266,7 +285,7 @@ fn is_shard_name(stem: &str, prefix: &str) -> bool {
 
 /// The `.bin` files of a directory whose stem is wanted, shorter names first, then by name (so
 /// that shard 1000 comes after shard 999).
-fn bin_files(directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+pub(super) fn bin_files(directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(directory).at("list", directory)? {
         let path = entry.at("list", directory)?.path();

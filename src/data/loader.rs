@@ -22,6 +22,9 @@ pub struct Loader {
 
 impl Loader {
     /// Starts at sample `first`, in batches of `rows` samples.
+    ///
+    /// # Errors
+    /// `Usage` when `rows` is zero, `Training` when no thread can be started.
     pub fn new(mixture: Arc<Mixture>, first: u64, rows: usize) -> Result<Self> {
         if rows == 0 {
             return Err(Error::usage("a batch needs at least one row"));
@@ -36,6 +39,9 @@ impl Loader {
     }
 
     /// The next batch. After an error the loader stays at the batch that failed.
+    ///
+    /// # Errors
+    /// As [`Mixture::batch`]; from then on `Training`, until a [`Loader::seek`].
     #[allow(clippy::should_implement_trait)] // it never ends, and an iterator hides the error
     pub fn next(&mut self) -> Result<Batch> {
         let batch = self.prefetch.take()?;
@@ -49,6 +55,9 @@ impl Loader {
     }
 
     /// Goes on from sample `first`; batches already made are thrown away.
+    ///
+    /// # Errors
+    /// `Training` when no thread can be started; the loader then stays where it was.
     pub fn seek(&mut self, first: u64) -> Result<()> {
         self.prefetch = Prefetch::start(Arc::clone(&self.mixture), first, self.rows)?;
         self.position = first;

@@ -1,32 +1,39 @@
 //! Makes a run's token files from text on first use, as its `data.prepare` section says.
 
+use std::path::Path;
+
 use indicatif::ProgressBar;
 
-use super::bin_format::TokenFile;
+use super::bin_format::Sidecar;
+use super::dataset::files_of_name;
 use super::tokenize::{self, TokenizeOptions, TokenizeSummary, Validation, VocabularySource};
 use crate::config::{Data, Prepare};
 use crate::{Error, Result};
 
-/// Tokenises when the training file is not there yet; `None` when it is, made from the same
-/// section.
+/// Tokenises when the training or the validation file is not there yet; `None` when they are, made
+/// from the same section. Either may be shards.
 ///
 /// # Errors
-/// A training file that was made otherwise: it is not overwritten.
+/// `Usage` when a file of either name was made otherwise, by hand or from a section that has
+/// changed since: it is not overwritten. Otherwise as [`tokenize::run`].
 pub fn prepare(data: &Data, progress: &ProgressBar) -> Result<Option<TokenizeSummary>> {
     let (Some(prepare), [source]) = (&data.prepare, data.train.as_slice()) else {
         return Ok(None);
     };
     let made_by = description(prepare);
-    let missing = |path: &std::path::Path| !path.exists();
-    if !missing(&source.path) && !data.val.as_deref().is_some_and(missing) {
-        return match TokenFile::open(&source.path, data.dtype)?.sidecar() {
-            Some(sidecar) if sidecar.command == made_by => Ok(None),
-            _ => Err(Error::usage(format!(
-                "{} was not made from this config's data.prepare: delete it to make it anew, or \
-                 drop data.prepare to use it as it is",
-                source.path.display()
-            ))),
-        };
+    let mut complete = true;
+    for path in [Some(&source.path), data.val.as_ref()]
+        .into_iter()
+        .flatten()
+    {
+        let files = files_of_name(path)?;
+        complete &= !files.is_empty();
+        for file in files {
+            check_origin(&file, &made_by)?;
+        }
+    }
+    if complete {
+        return Ok(None);
     }
     let vocabulary = match &data.tokenizer {
         Some(path) if path.is_file() => VocabularySource::File(path.clone()),
@@ -50,6 +57,17 @@ pub fn prepare(data: &Data, progress: &ProgressBar) -> Result<Option<TokenizeSum
         command: made_by,
     };
     tokenize::run(&options, progress).map(Some)
+}
+
+fn check_origin(file: &Path, made_by: &str) -> Result<()> {
+    match Sidecar::read_beside(file)? {
+        Some(sidecar) if sidecar.command == made_by => Ok(()),
+        _ => Err(Error::usage(format!(
+            "{} was not made from this config's data.prepare: delete it to make it anew, or drop \
+             data.prepare to use it as it is",
+            file.display()
+        ))),
+    }
 }
 
 /// What the sidecar records, so that a changed section does not pass for the same data.

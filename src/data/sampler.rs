@@ -72,15 +72,6 @@ impl Mixture {
         })
     }
 
-    pub fn seq_len(&self) -> usize {
-        self.seq_len
-    }
-
-    /// Tokens of all sets together.
-    pub fn tokens(&self) -> u64 {
-        self.sets.iter().map(|set| set.tokens.tokens()).sum()
-    }
-
     /// Where sample `index` comes from.
     pub fn window(&self, index: u64) -> WindowRef {
         let (number, running) = self.set_and_running_index(index);
@@ -95,6 +86,9 @@ impl Mixture {
     }
 
     /// Samples `first .. first + rows`, each checked against the vocabulary.
+    ///
+    /// # Errors
+    /// As [`TokenSet::batch`].
     pub fn batch(&self, first: u64, rows: usize) -> Result<Batch> {
         let mut batch = Batch::empty(first, self.seq_len);
         for index in first..first + rows as u64 {

@@ -18,7 +18,8 @@ const LANES: usize = 4;
 /// `y = x . w^T`: int8 codes `x` of shape (`m`, K) row-major times packed ternary `w` of shape
 /// (N, K) gives int32 `y` of shape (`m`, N). Exact; runs on rayon's current thread pool.
 ///
-/// Errors if `x` does not hold `m * K` codes (`m` at least 1) or K is above [`MAX_K`].
+/// # Errors
+/// `Usage` if `x` does not hold `m * K` codes (`m` at least 1) or K is above [`MAX_K`].
 pub fn ternary_matmul(x: &[i8], m: usize, w: &PackedTernary) -> Result<Vec<i32>> {
     let (n, k) = (w.rows(), w.cols());
     check_shapes(x.len(), m, k)?;

@@ -27,7 +27,8 @@ pub struct PackedTernary {
 impl PackedTernary {
     /// Packs row-major `codes` (each -1, 0 or 1) of shape (`rows`, `cols`), both at least 1.
     ///
-    /// Errors on a length other than `rows * cols` and on any other value, naming its place.
+    /// # Errors
+    /// `Usage` on a length other than `rows * cols` and on any other value, naming its place.
     pub fn pack(codes: &[i8], rows: usize, cols: usize) -> Result<Self> {
         if rows == 0 || cols == 0 || rows.checked_mul(cols) != Some(codes.len()) {
             return Err(Error::usage(format!(

@@ -1,7 +1,6 @@
 //! The devices of this machine.
 
 use std::fmt::{self, Display, Formatter};
-use std::fs;
 
 use serde::Serialize;
 
@@ -44,7 +43,7 @@ impl Report {
             cpu: Cpu {
                 name: device::cpu_model(),
                 threads: std::thread::available_parallelism().map_or(1, usize::from),
-                memory_bytes: host_memory(),
+                memory_bytes: device::host_memory("MemTotal"),
             },
             gpus: list_gpus().into_iter().map(Gpu::from).collect(),
         }
@@ -62,16 +61,6 @@ impl From<GpuInfo> for Gpu {
             memory_bytes: gpu.total_memory,
         }
     }
-}
-
-/// All memory of the host, where Linux tells.
-fn host_memory() -> Option<u64> {
-    let info = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
-    Some(kib * 1024)
 }
 
 impl Display for Report {

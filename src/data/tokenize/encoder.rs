@@ -46,6 +46,9 @@ impl<'a> Encoder<'a> {
     }
 
     /// Appends the ids of `text`.
+    ///
+    /// # Errors
+    /// `Usage` when the tokenizer cannot encode the text.
     pub fn encode(&mut self, text: &str, ids: &mut Vec<u32>) -> Result<()> {
         if !self.word_by_word || self.added.iter().any(|token| text.contains(token)) {
             return self.encode_generally(text, ids);

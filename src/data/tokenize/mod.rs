@@ -33,9 +33,11 @@ pub use output::Totals;
 use pipeline::{Encoding, encode_sources};
 use reader::read_sources;
 use sources::Source;
-use vocabulary::Vocabulary;
+use vocabulary::{Vocabulary, tokenizer_hash};
 
-use super::bin_writer::replace_file;
+use super::bin_format::Sidecar;
+use super::bin_writer::{directory_of, replace_file};
+use super::dataset::{bin_files, files_of_name};
 
 /// Name of the tokenizer's file, beside the output.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
@@ -108,9 +110,11 @@ pub struct TokenizeSummary {
 /// Tokenises. `progress` counts the bytes of the input files; a hidden bar will do.
 ///
 /// # Errors
-/// `Usage` when the options cannot be met, `Format` when an input is not what it should be, `Io`
-/// when a file cannot be read or written. After an error nothing has changed under the names of
-/// the output.
+/// `Usage` when the options cannot be met, or when the tokenizer of other token files would be
+/// replaced; `Format` when an input is not what it should be; `Io` when a file cannot be read or
+/// written. Nothing changes under the names of the output until all of it is written under temporary
+/// names. Only an `Io` error while those are renamed, one after the other, leaves some of the
+/// output new and some old, each file whole: run again.
 pub fn run(options: &TokenizeOptions, progress: &ProgressBar) -> Result<TokenizeSummary> {
     options.check()?;
     let threads = options
@@ -136,6 +140,7 @@ pub fn run(options: &TokenizeOptions, progress: &ProgressBar) -> Result<Tokenize
             (vocabulary, Some(bytes))
         }
     };
+    check_replaces_no_other_tokenizer(options, &directory, &vocabulary)?;
     let training_time = start.elapsed();
 
     progress.reset();
@@ -241,11 +246,45 @@ fn prepare_directories(options: &TokenizeOptions) -> Result<PathBuf> {
     Ok(directory_of(&options.output).to_path_buf())
 }
 
-fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
+/// Refuses to replace a tokenizer that token files of other names beside the output were made with.
+fn check_replaces_no_other_tokenizer(
+    options: &TokenizeOptions,
+    directory: &Path,
+    vocabulary: &Vocabulary,
+) -> Result<()> {
+    let tokenizer = directory.join(TOKENIZER_FILE);
+    if !tokenizer.exists() {
+        return Ok(());
     }
+    let replaced = tokenizer_hash(&tokenizer)?;
+    if replaced == vocabulary.hash {
+        return Ok(());
+    }
+    // Both outputs may spell the directory differently.
+    let canonical = |path: &PathBuf| path.canonicalize().at("find", path);
+    let mut own = Vec::new();
+    let validation = options.validation.as_ref().map(|v| &v.output);
+    for output in validation.into_iter().chain([&options.output]) {
+        for file in files_of_name(output)? {
+            own.push(canonical(&file)?);
+        }
+    }
+    for file in bin_files(directory, |_| true)? {
+        // A file whose sidecar cannot be read names no tokenizer.
+        if let Ok(Some(sidecar)) = Sidecar::read_beside(&file)
+            && sidecar.tokenizer_hash == replaced
+            && !own.contains(&canonical(&file)?)
+        {
+            return Err(Error::usage(format!(
+                "{} would be replaced by another tokenizer, but {} was made with it: write to \
+                 another directory, or tokenise with that file (--tokenizer, or data.tokenizer in \
+                 a configuration)",
+                tokenizer.display(),
+                file.display()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Trains on the training split of a sample of the sources, as far as the sample's limit. Returns

@@ -8,7 +8,7 @@ use super::pipeline::EncodedDocuments;
 use super::vocabulary::Vocabulary;
 use crate::Result;
 use crate::data::bin_format::{MAX_FILE_TOKENS, Sidecar};
-use crate::data::bin_writer::{FinishedTokens, TokenWriter, temporary_name};
+use crate::data::bin_writer::{FinishedTokens, TokenWriter, directory_of, temporary_name};
 use crate::error::IoContext;
 
 /// Writes documents to `NAME.bin`, or to `NAME_000.bin`, `NAME_001.bin`, ... when a limit is set
@@ -178,7 +178,7 @@ fn remove_stale_temporaries(output: &Path) -> Result<()> {
             .and_then(|rest| rest.strip_suffix(".bin.tmp"))
             .is_some_and(|number| number.bytes().all(|digit| digit.is_ascii_digit()))
     };
-    let directory = super::directory_of(output);
+    let directory = directory_of(output);
     for entry in fs::read_dir(directory).at("list", directory)? {
         let entry = entry.at("list", directory)?;
         if is_ours(&entry.file_name().to_string_lossy()) {

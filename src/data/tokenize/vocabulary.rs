@@ -36,6 +36,18 @@ pub const MAX_VOCAB: usize = 1 << 20;
 /// time there and teach nothing.
 const MAX_TRAINING_WORD: usize = 256;
 
+/// The hash of a tokenizer file, as the `tokenizer_hash` of a sidecar gives it.
+///
+/// # Errors
+/// `Io` when it cannot be read.
+pub fn tokenizer_hash(path: &Path) -> Result<String> {
+    Ok(hash(&std::fs::read(path).at("read", path)?))
+}
+
+fn hash(json: &[u8]) -> String {
+    hex(xxh3_64(json))
+}
+
 /// A tokenizer and what the token files need to know of it.
 pub struct Vocabulary {
     pub tokenizer: Tokenizer,
@@ -141,7 +153,7 @@ impl Vocabulary {
         };
         let largest = tokenizer.get_vocab(true).into_values().max();
         Ok(Self {
-            hash: hex(xxh3_64(&json)),
+            hash: hash(&json),
             size: largest.unwrap_or(eos_id) + 1,
             tokenizer,
             json,
