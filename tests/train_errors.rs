@@ -166,6 +166,58 @@ fn wrong_data() {
     refused_setting(path, "data.tokenizer=not-one.json", 1, &tokenizer);
 }
 
+#[test]
+fn a_tokenizer_of_other_data_or_a_larger_model() {
+    let dir = tiny();
+    let path = dir.path();
+    fs::write(
+        path.join("text.txt"),
+        "some words to tokenise. ".repeat(200),
+    )
+    .unwrap();
+    let made = titanbit()
+        .current_dir(path)
+        .args(["tokenize", "--input", "text.txt", "--train-vocab", "270"])
+        .args(["--output", "text/text.bin"])
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+    // The bytes of the prompt alone have ids beyond the model's 64.
+    let prompt = [
+        "text/tokenizer.json",
+        "eval.sample_prompt",
+        "vocabulary of 64",
+    ];
+    refused_setting(path, "data.tokenizer=text/tokenizer.json", 1, &prompt);
+
+    let mut other: serde_json::Value =
+        serde_json::from_slice(&fs::read(path.join("text/tokenizer.json")).unwrap()).unwrap();
+    other["truncation"] = serde_json::Value::Null;
+    fs::write(path.join("other.json"), format!("{other}\n\n")).unwrap();
+    let arguments = [
+        "--config",
+        "tiny.yaml",
+        "--out",
+        "run",
+        "--set",
+        "model.vocab_size=270",
+    ];
+    let data = [
+        "--set",
+        "data.train=[{path: text/text.bin}]",
+        "--set",
+        "data.val=null",
+    ];
+    let tokenizer = ["--set", "data.tokenizer=other.json"];
+    let says = ["other.json is not the tokenizer", "text/text.bin"];
+    refused(
+        path,
+        &[&arguments[..], &data, &tokenizer].concat(),
+        2,
+        &says,
+    );
+}
+
 /// Training files are too large to look through first: the ids are checked as they are read.
 #[test]
 fn ids_outside_the_vocabulary_stop_the_run_and_leave_the_name_free() {

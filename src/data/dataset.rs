@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::bin_format::{TokenDtype, TokenFile};
 use super::bin_writer::directory_of;
+use super::tokenize::vocabulary::tokenizer_hash;
 use crate::error::IoContext;
 use crate::{Error, Result};
 
@@ -83,11 +84,23 @@ impl TokenSet {
         Ok(windows)
     }
 
-    /// Hash of the tokenizer that the set was made with, where a sidecar names it;
-    /// [`tokenizer_hash`](super::tokenize::vocabulary::tokenizer_hash) gives that of a file.
-    pub fn tokenizer_hash(&self) -> Option<&str> {
-        let sidecar = self.shards.iter().find_map(TokenFile::sidecar)?;
-        Some(&sidecar.tokenizer_hash)
+    /// Refuses the tokenizer at `path` when it is not the one that the set was made with, as far as
+    /// sidecars tell.
+    pub fn check_tokenizer(&self, path: &Path) -> Result<()> {
+        let hash = tokenizer_hash(path)?;
+        for shard in &self.shards {
+            if let Some(sidecar) = shard.sidecar()
+                && sidecar.tokenizer_hash != hash
+            {
+                return Err(Error::usage(format!(
+                    "data.tokenizer {} is not the tokenizer that {} was made with: give that one, \
+                     or null to train without samples",
+                    path.display(),
+                    shard.path().display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Refuses to mix token files whose sidecars name different tokenizers: their ids mean

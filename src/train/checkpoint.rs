@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
@@ -15,6 +15,8 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 use super::optimizer::{AdamW, Moments};
 use super::stability::StabilityState;
 use crate::config::Config;
+use crate::data::bin_format::hex;
+use crate::data::bin_writer::{replace_file, sync_dir};
 use crate::error::IoContext;
 use crate::model::{BitNetTransformer, Parameters, checked};
 use crate::{Error, Result};
@@ -109,7 +111,7 @@ impl CheckpointDir {
     /// What the operating system refused, here and below.
     pub fn point(&self, pointer: &str, target: &Path) -> Result<()> {
         let name = target.file_name().unwrap_or_default().to_string_lossy();
-        write_atomically(&self.root.join(pointer), name.as_bytes())
+        replace_file(&self.root.join(pointer), name.as_bytes())
     }
 
     /// Checkpoints by step, oldest first; not yet verified.
@@ -303,7 +305,7 @@ impl State {
     fn write(&mut self, dir: &Path) -> Result<()> {
         self.checksum.clear();
         self.checksum = hex(xxh3_64(&self.to_json()?));
-        write_atomically(&dir.join(STATE), &self.to_json()?)
+        replace_file(&dir.join(STATE), &self.to_json()?)
     }
 }
 
@@ -363,25 +365,9 @@ fn write_tensors(path: &Path, tensors: HashMap<String, Tensor>) -> Result<()> {
     sync_file(path)
 }
 
-/// Replaces a file's content, whole or not at all.
-pub(super) fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
-    let temporary = path.with_extension("partial");
-    let mut file = File::create(&temporary).at("create", &temporary)?;
-    file.write_all(content).at("write", &temporary)?;
-    file.sync_all().at("write", &temporary)?;
-    fs::rename(&temporary, path).at("rename", &temporary)
-}
-
 fn sync_file(path: &Path) -> Result<()> {
     let file = File::options().write(true).open(path).at("open", path)?;
     file.sync_all().at("write", path)
-}
-
-/// Makes a rename last through a power cut; file systems that cannot are no reason to stop.
-fn sync_dir(path: &Path) -> Result<()> {
-    let dir = File::open(path).at("open", path)?;
-    let _ = dir.sync_all();
-    Ok(())
 }
 
 fn remove_dir(path: &Path) -> Result<()> {
@@ -403,8 +389,4 @@ fn file_checksum(path: &Path) -> Result<String> {
     let mut hasher = Xxh3::new();
     std::io::copy(&mut file, &mut hasher).at("read", path)?;
     Ok(hex(hasher.digest()))
-}
-
-fn hex(digest: u64) -> String {
-    format!("{digest:016x}")
 }

@@ -11,6 +11,7 @@ use super::metrics::{Metrics, StepRecord, truncate_beyond};
 use super::sample::Sampler;
 use super::trainer::{StepOutcome, Trainer};
 use crate::config::Config;
+use crate::data::bin_writer::replace_file;
 use crate::error::IoContext;
 use crate::{Error, Result, device};
 
@@ -140,7 +141,7 @@ pub fn run(
         }
     };
     let config_path = out.join("config.yaml");
-    checkpoint::write_atomically(&config_path, config.to_yaml()?.as_bytes())?;
+    replace_file(&config_path, config.to_yaml()?.as_bytes())?;
     let gpu = device::pci_bus_id(device).and_then(|id| GpuMonitor::new(&id));
     let metrics = Metrics::open(out, config.logging.tensorboard, gpu)?;
     observer.started(&trainer, device, options.end(config));

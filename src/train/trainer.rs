@@ -108,6 +108,15 @@ impl Trainer {
                 ))
             })
             .collect::<Result<Vec<_>>>()?;
+        let tokenizer = config
+            .data
+            .tokenizer
+            .as_deref()
+            .filter(|path| path.is_file());
+        if let Some(path) = tokenizer {
+            sets.iter()
+                .try_for_each(|(set, _)| set.check_tokenizer(path))?;
+        }
         let seq_len = config.train.seq_len;
         let mixture = Mixture::new(sets, seq_len, vocab_size, config.train.seed)?;
         let validation = config
@@ -117,6 +126,9 @@ impl Trainer {
             .map(|path| {
                 let set = TokenSet::open(&[path], config.data.dtype)?;
                 set.check_vocab(vocab_size)?;
+                if let Some(path) = tokenizer {
+                    set.check_tokenizer(path)?;
+                }
                 // A wrong id should stop the run now, not at its first validation.
                 let (rows, batches) = (config.train.micro_batch, config.eval.batches);
                 set.sequential_batches(seq_len, rows, batches, vocab_size)?
