@@ -105,6 +105,18 @@ pub fn peak_bf16_tflops(device: &Device) -> Option<f64> {
     }
 }
 
+/// Bytes free on the device, where the system says.
+pub fn free_memory(device: &Device) -> Option<u64> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            let (free, _) = device.cuda_stream().context().mem_get_info().ok()?;
+            Some(free as u64)
+        }
+        _ => host_memory("MemAvailable"),
+    }
+}
+
 /// `domain:bus:device.function` of a GPU, as NVML knows it; `None` for the CPU.
 pub fn pci_bus_id(device: &Device) -> Option<String> {
     match device {

@@ -428,5 +428,10 @@ fn answers_that_cannot_be_written() {
             .output()
             .unwrap();
         assert_refused(&full, 1, &["cannot write", "standard output"]);
+        let mute = std::process::Command::new(binary)
+            .arg("no-such-command")
+            .stderr(fs::File::create("/dev/full").unwrap())
+            .status();
+        assert_eq!(mute.unwrap().code(), Some(2));
     }
 }

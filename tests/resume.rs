@@ -137,23 +137,68 @@ fn an_interrupt_saves_and_exits_cleanly() {
     let config = write_config(dir.path());
     let whole = dir.path().join("whole");
     finish(&config, &whole, &[]);
-    let run = dir.path().join("run");
-    let mut child = train(&config, &run, &[]).spawn().unwrap();
+    for signal in ["-INT", "-TERM", "-HUP"] {
+        let run = dir.path().join(signal);
+        let child = train(&config, &run, &[]).spawn().unwrap();
+        let output = send(child, &run, signal);
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{stdout}");
+        assert!(
+            stdout.contains("stopped at step") && stdout.contains("--resume latest"),
+            "{stdout}"
+        );
+        finish(&config, &run, &["--resume", "latest"]);
+        assert_eq!(losses(&run), losses(&whole));
+    }
+}
+
+/// Sends a signal once a run has taken fifteen steps, and waits for its end.
+fn send(mut child: Child, run: &Path, signal: &str) -> Output {
     wait_for(&mut child, || lines_in(&run.join("metrics.jsonl")) >= 15);
     let pid = child.id().to_string();
-    let kill = std::process::Command::new("kill")
-        .args(["-INT", &pid])
-        .status();
-    assert!(kill.unwrap().success());
-    let output = child.wait_with_output().unwrap();
+    let mut kill = std::process::Command::new("kill");
+    assert!(kill.args([signal, &pid]).status().unwrap().success());
+    child.wait_with_output().unwrap()
+}
+
+/// What `nohup` started outlives the terminal.
+#[cfg(target_os = "linux")]
+#[test]
+fn an_ignored_hang_up_stays_ignored() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = write_config(dir.path());
+    let run = dir.path().join("run");
+    let child = std::process::Command::new("sh")
+        .args(["-c", "trap '' HUP; exec \"$@\"", "sh"])
+        .arg(env!("CARGO_BIN_EXE_titanbit"))
+        .args(["train", "--config"])
+        .arg(&config)
+        .arg("--out")
+        .arg(&run)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let output = send(child, &run, "-HUP");
     let stdout = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{stdout}");
     assert!(
-        stdout.contains("stopped at step") && stdout.contains("--resume latest"),
+        stdout.contains(&format!("finished step {STEPS}")),
         "{stdout}"
     );
-    finish(&config, &run, &["--resume", "latest"]);
-    assert_eq!(losses(&run), losses(&whole));
+}
+
+/// What is finished is neither evaluated nor recorded again.
+#[test]
+fn a_finished_run_has_nothing_left_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = write_config(dir.path());
+    let run = dir.path().join("run");
+    finish(&config, &run, &["--max-steps", "20"]);
+    let before = files(&run.join("checkpoints"));
+    let recorded = metrics(&run);
+    let output = finish(&config, &run, &["--resume", "latest", "--max-steps", "15"]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("step 20 is there already"));
+    assert!(files(&run.join("checkpoints")) == before);
+    assert_eq!(metrics(&run), recorded);
 }
 
 #[test]

@@ -231,7 +231,7 @@ fn pruning_spares_what_is_needed() {
         trainer.step().unwrap(),
         StepOutcome::Applied { .. }
     ));
-    trainer.validate().unwrap();
+    trainer.validate(|| false).unwrap();
     trainer.save().unwrap();
     assert_eq!(best().unwrap(), "step_0000010");
     take_steps(&mut trainer, 70);

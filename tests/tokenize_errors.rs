@@ -275,6 +275,14 @@ fn options_that_cannot_be() {
         &["999999999999", "1048576"],
     );
     refused(dir, &format!("{input} --threads 0"), 2, &["--threads"]);
+    let many = format!("{input} --threads 100000");
+    refused(dir, &many, 2, &["--threads 100000", "at most 1024"]);
+    refused(
+        dir,
+        &format!("{input} --sample-mb 0"),
+        2,
+        &["--sample-mb 0"],
+    );
     refused(
         dir,
         &format!("{input} --max-shard-tokens 0"),

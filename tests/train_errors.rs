@@ -126,6 +126,36 @@ fn wrong_settings() {
     refused_setting(path, "model.kv_heads=3", 2, &["kv_heads is 3", "heads (4)"]);
     refused_setting(path, "model.vocab_size=5000000000", 2, &["at most"]);
     refused_setting(path, "train.seq_len=17", 2, &["model.max_seq_len (16)"]);
+    refused_setting(
+        path,
+        "model.layers=1000000",
+        2,
+        &["GiB are free", "smaller model"],
+    );
+    refused_setting(
+        path,
+        "hardware.threads=100000",
+        2,
+        &["hardware.threads", "at most 1024"],
+    );
+    refused_setting(
+        path,
+        "schedule.min_lr=1",
+        2,
+        &["schedule.min_lr", "optimizer.lr (0.01)"],
+    );
+    refused_setting(
+        path,
+        "data.tokenizer=no.json",
+        2,
+        &["no.json does not exist", "null"],
+    );
+    refused_setting(
+        path,
+        "data.val=train.bin",
+        2,
+        &["train.bin", "data.train", "data.val"],
+    );
     refused_setting(path, "hardware.device=tpu", 2, &["tpu", "cuda:N"]);
 }
 

@@ -32,6 +32,11 @@ pub fn answer(text: impl Display) -> Result<()> {
     }
 }
 
+/// Prints one line on standard error. Where that cannot be written, the exit code must do.
+pub fn complain(line: impl Display) {
+    _ = writeln!(io::stderr(), "{line}");
+}
+
 /// Prints news of a running command on standard output, above the bars. It goes on if nobody
 /// can read them.
 pub fn line(text: &str) {

@@ -45,7 +45,7 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            console::complain(format!("error: {error}"));
             ExitCode::from(error.exit_code())
         }
     }
@@ -66,6 +66,7 @@ fn refuse_arguments(error: &clap::Error) -> ExitCode {
         .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
         .filter(|line| !line.is_empty())
         .collect();
-    eprintln!("{}; `--help` lists the arguments", message.join(" "));
+    let message = message.join(" ");
+    console::complain(format!("{message}; `--help` lists the arguments"));
     ExitCode::from(2)
 }

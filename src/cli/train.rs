@@ -85,6 +85,7 @@ pub fn run(args: Args) -> Result<()> {
         bar: ProgressBar::hidden(),
         every: config.logging.every,
         out: options.out.clone(),
+        start: 0,
         stop: stop_on_interrupt()?,
     };
     let summary = train::run(&config, &options, &device, &mut console)?;
@@ -115,7 +116,8 @@ fn default_run_dir(base: &Path, resume: Option<&Resume>) -> PathBuf {
     }
 }
 
-/// A flag that Ctrl-C (or SIGTERM) sets; a second Ctrl-C ends the process at once.
+/// A flag that Ctrl-C sets, on Unix also SIGTERM and the terminal's hang-up; a second one ends the
+/// process at once.
 fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
@@ -126,7 +128,24 @@ fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {
         tracing::warn!("stopping after this step; once more to quit without saving");
     })
     .map_err(|e| Error::training(format!("cannot watch for Ctrl-C: {e}")))?;
+    #[cfg(unix)]
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        if !ignored(signal) {
+            signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&stop))
+                .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
+                .map_err(|e| Error::training(format!("cannot watch for signals: {e}")))?;
+        }
+    }
     Ok(stop)
+}
+
+/// Whether whoever started this process wants it to outlive `signal`, as `nohup` does.
+#[cfg(unix)]
+fn ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 /// The progress bar on a terminal, plain lines elsewhere.
@@ -134,6 +153,8 @@ struct Console {
     bar: ProgressBar,
     every: u64,
     out: PathBuf,
+    /// Steps taken before this session.
+    start: u64,
     stop: Arc<AtomicBool>,
 }
 
@@ -153,13 +174,14 @@ impl Observer for Console {
             config.train.steps,
             config.tokens_per_step(),
         ));
-        let style = ProgressStyle::with_template("{wide_bar} {pos}/{len}  {msg}  ETA {eta}");
-        let bar = ProgressBar::new(end).with_position(trainer.step_count());
+        let style = ProgressStyle::with_template("{wide_bar} {pos}/{len}  {msg}");
+        self.start = trainer.step_count();
+        let bar = ProgressBar::new(end).with_position(self.start);
         self.bar = console::show(match style {
             Ok(style) => bar.with_style(style),
             Err(_) => bar,
         });
-        self.bar.reset_eta();
+        self.bar.reset_elapsed();
     }
 
     fn step(&mut self, record: &StepRecord) {
@@ -167,9 +189,18 @@ impl Observer for Console {
             Some(mfu) => format!("{:.1}%", mfu * 100.0),
             None => "n/a".into(),
         };
+        let end = self.bar.length().unwrap_or_default();
+        // By the steps of this session: indicatif would count those before it. A rollback may have
+        // led to before its start.
+        let done = record.step.saturating_sub(self.start).max(1) as f64;
+        let left = self
+            .bar
+            .elapsed()
+            .mul_f64((end - record.step) as f64 / done);
+        let left = format::duration(left);
         // With the bar's own figures just within 80 columns.
         let figures = format!(
-            "loss {:.3}  lr {:.2e}  norm {:.2}  {:.1}k tok/s  MFU {mfu}",
+            "loss {:.3}  lr {:.2e}  norm {:.2}  {:.1}k tok/s  MFU {mfu}  ETA {left}",
             record.loss,
             record.lr,
             record.grad_norm,
@@ -177,12 +208,7 @@ impl Observer for Console {
         );
         self.bar.set_position(record.step);
         if self.bar.is_hidden() && record.step.is_multiple_of(self.every) {
-            let end = self.bar.length().unwrap_or_default();
-            let left = format::duration(self.bar.eta());
-            console::line(&format!(
-                "step {}/{end}  {figures}  ETA {left}",
-                record.step
-            ));
+            console::line(&format!("step {}/{end}  {figures}", record.step));
         }
         self.bar.set_message(figures);
     }
@@ -200,11 +226,17 @@ impl Observer for Console {
     }
 }
 
+/// A sample on a terminal: a model may write any control character.
+fn printable(sample: &str) -> String {
+    let harmless = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
+    sample.chars().filter(|c| harmless(*c)).collect()
+}
+
 /// What the run came to, and what to run next.
 fn report(summary: &Summary, config: &Config, out: &Path) -> String {
     let mut text = String::new();
     if let Some(sample) = &summary.sample {
-        text += &format!("\nsample\n{sample}\n\n");
+        text += &format!("\nsample\n{}\n\n", printable(sample));
     }
     let what = match summary.interrupted {
         true => "stopped at",

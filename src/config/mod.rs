@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::BitNetConfig;
 use crate::{Error, Result};
 
+pub use sections::MAX_THREADS;
 pub use sections::{
     Checkpoint, Data, Eval, Hardware, Logging, Optimizer, Prepare, Schedule, ScheduleKind, Source,
     Stability, Train,
@@ -88,6 +89,12 @@ impl Config {
         }
         self.optimizer.validate()?;
         self.schedule.validate(self.train.steps)?;
+        if self.schedule.min_lr > self.optimizer.lr {
+            return Err(Error::usage(format!(
+                "schedule.min_lr is {}: must not exceed optimizer.lr ({})",
+                self.schedule.min_lr, self.optimizer.lr
+            )));
+        }
         self.stability.validate()?;
         self.eval.validate()?;
         self.checkpoint.validate()?;

@@ -48,6 +48,9 @@ const MAX_STEPS: u64 = 1 << 30;
 const MAX_TOKENS_PER_STEP: u64 = 1 << 32;
 const MAX_COUNT: u64 = 1 << 20;
 
+/// Each thread takes memory of its own, and the system refuses some number of them.
+pub const MAX_THREADS: u64 = 1024;
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Train {
@@ -470,6 +473,7 @@ impl Hardware {
     pub(super) fn validate(&self) -> Result<()> {
         if let Some(threads) = self.threads {
             at_least_one("hardware.threads", threads as u64)?;
+            at_most("hardware.threads", threads as u64, MAX_THREADS)?;
         }
         self.peak_tflops
             .map_or(Ok(()), |peak| positive("hardware.peak_tflops", peak))

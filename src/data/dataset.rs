@@ -103,9 +103,26 @@ impl TokenSet {
         Ok(())
     }
 
+    /// Refuses a set that shares a file with this one: held-out data must not be trained on.
+    pub fn check_apart(&self, other: &Self) -> Result<()> {
+        let canonical = |shard: &TokenFile| shard.path().canonicalize().at("find", shard.path());
+        for shard in &self.shards {
+            for held_out in &other.shards {
+                if canonical(shard)? == canonical(held_out)? {
+                    return Err(Error::usage(format!(
+                        "{} is in data.train and is data.val as well: name the training files, \
+                         not their directory, or put them apart",
+                        held_out.path().display()
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Refuses to mix token files whose sidecars name different tokenizers: their ids mean
     /// different things.
-    pub(super) fn check_same_tokenizer(&self, other: &Self) -> Result<()> {
+    pub fn check_same_tokenizer(&self, other: &Self) -> Result<()> {
         let known = self
             .shards
             .iter()

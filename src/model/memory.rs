@@ -68,6 +68,17 @@ impl MemoryEstimate {
         }
     }
 
+    /// Bytes that training takes on the CPU, without what the allocator and the data take: four
+    /// numbers a weight, what [`super::cpu`] keeps of each layer, and its dequantised projections.
+    pub fn cpu_training(config: &BitNetConfig, micro_batch: usize, seq_len: usize) -> u64 {
+        let shape = Shape::new(config, micro_batch, seq_len);
+        let features = 7.0 * shape.hidden + 2.0 * shape.kv + 4.0 * shape.intermediate;
+        let activations = shape.layers * shape.tokens * features;
+        let parameters = config.parameter_count();
+        let weights = 4.0 * parameters.total() as f64 + parameters.ternary as f64;
+        (4.0 * (weights + activations)) as u64
+    }
+
     pub fn total(&self) -> u64 {
         self.weights
             .saturating_add(self.gradients)

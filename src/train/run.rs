@@ -13,6 +13,7 @@ use super::trainer::{StepOutcome, Trainer};
 use crate::config::Config;
 use crate::data::bin_writer::replace_file;
 use crate::error::IoContext;
+use crate::model::MemoryEstimate;
 use crate::{Error, Result, device};
 
 /// Where a run lives and how it starts and ends.
@@ -110,6 +111,7 @@ pub fn run(
     observer: &mut dyn Observer,
 ) -> Result<Summary> {
     options.check()?;
+    check_memory(config, device)?;
     let out = &options.out;
     let (mut trainer, start) = match &options.resume {
         Some(from) => resume(config, out, device, from)?,
@@ -120,12 +122,11 @@ pub fn run(
             Some(Sampler::new(path, &config.eval, config.model.vocab_size)?)
         }
         Some(path) if !path.is_file() => {
-            tracing::warn!(
-                "data.tokenizer {} does not exist: no samples, and none travels with the \
-                 checkpoints",
+            return Err(Error::usage(format!(
+                "data.tokenizer {} does not exist: correct the path, or give null to train \
+                 without samples",
                 path.display()
-            );
-            None
+            )));
         }
         _ => None,
     };
@@ -143,8 +144,23 @@ pub fn run(
     let config_path = out.join("config.yaml");
     replace_file(&config_path, config.to_yaml()?.as_bytes())?;
     let gpu = device::pci_bus_id(device).and_then(|id| GpuMonitor::new(&id));
+    let end = options.end(config);
+    if let Some(checkpoint) = saved.as_ref().filter(|_| trainer.step_count() >= end) {
+        tracing::info!(
+            "step {} is there already: raise --max-steps or train.steps to go on",
+            trainer.step_count()
+        );
+        return Ok(Summary {
+            step: trainer.step_count(),
+            tokens: trainer.tokens(),
+            interrupted: false,
+            val_loss: None,
+            sample: None,
+            checkpoint: checkpoint.clone(),
+        });
+    }
     let metrics = Metrics::open(out, config.logging.tensorboard, gpu)?;
-    observer.started(&trainer, device, options.end(config));
+    observer.started(&trainer, device, end);
     Session {
         config,
         metrics,
@@ -167,6 +183,28 @@ enum Start {
     },
 }
 
+/// Refuses what the device cannot hold, before the operating system has to.
+fn check_memory(config: &Config, device: &Device) -> Result<()> {
+    let (rows, seq_len) = (config.train.micro_batch, config.train.seq_len);
+    let needed = match device.is_cpu() {
+        true => MemoryEstimate::cpu_training(&config.model, rows, seq_len),
+        false => {
+            let accum = config.train.grad_accum;
+            MemoryEstimate::of_training(&config.model, rows, seq_len, accum).total()
+        }
+    };
+    let Some(free) = device::free_memory(device).filter(|free| *free < needed) else {
+        return Ok(());
+    };
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    Err(Error::usage(format!(
+        "training needs about {:.1} GiB of memory and {:.1} GiB are free: choose a smaller model, \
+         train.micro_batch or train.seq_len (`titanbit info --config` shows what takes it)",
+        gib(needed),
+        gib(free)
+    )))
+}
+
 fn refuse_used_directory(out: &Path) -> Result<()> {
     // A run that failed before its first step left empty metrics, and nothing to lose.
     let out_name = out.display();
@@ -187,7 +225,7 @@ fn refuse_used_directory(out: &Path) -> Result<()> {
 
 fn nothing_in(out: &Path) -> Error {
     Error::usage(format!(
-        "no whole checkpoint in {}: nothing to resume, start without --resume",
+        "no whole checkpoint in {}: nothing to resume, start without --resume in a new --out",
         out.join("checkpoints").display()
     ))
 }
@@ -354,7 +392,7 @@ impl Session<'_> {
     }
 
     fn validate(&mut self, trainer: &mut Trainer) -> Result<Option<f64>> {
-        let loss = trainer.validate()?;
+        let loss = trainer.validate(|| self.observer.should_stop())?;
         if let Some(loss) = loss {
             self.metrics.validation(trainer.step_count(), loss)?;
         }
@@ -365,7 +403,9 @@ impl Session<'_> {
         let Some(sampler) = &self.sampler else {
             return Ok(None);
         };
-        let text = sampler.text(trainer.model(), self.config.train.seed)?;
+        let text = sampler.text(trainer.model(), self.config.train.seed, || {
+            self.observer.should_stop()
+        })?;
         self.metrics.sample(trainer.step_count(), &text)?;
         Ok(Some(text))
     }

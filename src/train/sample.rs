@@ -47,13 +47,19 @@ impl Sampler {
         })
     }
 
-    /// The prompt and its continuation; the same text from the same model and seed.
-    pub fn text(&self, model: &BitNetTransformer, seed: u64) -> Result<String> {
+    /// The prompt and its continuation, or what there is of it once `stop` says so; the same text
+    /// from the same model and seed.
+    pub fn text(
+        &self,
+        model: &BitNetTransformer,
+        seed: u64,
+        stop: impl Fn() -> bool,
+    ) -> Result<String> {
         let mut ids = self.prompt.clone();
         let mut uniform = uniforms(seed);
         for _ in 0..self.config.sample_tokens {
             let context = &ids[ids.len().saturating_sub(model.config().max_seq_len)..];
-            if context.is_empty() {
+            if context.is_empty() || stop() {
                 break;
             }
             let input = Tensor::new(context, model.device())?.unsqueeze(0)?;

@@ -117,25 +117,27 @@ impl Trainer {
             sets.iter()
                 .try_for_each(|(set, _)| set.check_tokenizer(path))?;
         }
-        let seq_len = config.train.seq_len;
-        let mixture = Mixture::new(sets, seq_len, vocab_size, config.train.seed)?;
         let validation = config
             .data
             .val
             .as_ref()
-            .map(|path| {
-                let set = TokenSet::open(&[path], config.data.dtype)?;
-                set.check_vocab(vocab_size)?;
-                if let Some(path) = tokenizer {
-                    set.check_tokenizer(path)?;
-                }
-                // A wrong id should stop the run now, not at its first validation.
-                let (rows, batches) = (config.train.micro_batch, config.eval.batches);
-                set.sequential_batches(seq_len, rows, batches, vocab_size)?
-                    .try_for_each(|batch| batch.map(drop))?;
-                Ok::<_, Error>(set)
-            })
+            .map(|path| TokenSet::open(&[path], config.data.dtype))
             .transpose()?;
+        let seq_len = config.train.seq_len;
+        if let Some(held_out) = &validation {
+            held_out.check_vocab(vocab_size)?;
+            tokenizer.map_or(Ok(()), |path| held_out.check_tokenizer(path))?;
+            for (set, _) in &sets {
+                set.check_apart(held_out)?;
+                set.check_same_tokenizer(held_out)?;
+            }
+            // A wrong id should stop the run now, not at its first validation.
+            let (rows, batches) = (config.train.micro_batch, config.eval.batches);
+            held_out
+                .sequential_batches(seq_len, rows, batches, vocab_size)?
+                .try_for_each(|batch| batch.map(drop))?;
+        }
+        let mixture = Mixture::new(sets, seq_len, vocab_size, config.train.seed)?;
         let device = model.device().clone();
         let peak_flops = config
             .hardware
@@ -338,11 +340,11 @@ impl Trainer {
     }
 
     /// Mean loss in nats over the first `eval.batches` micro-batches of the held-out data; `None`
-    /// without such data.
+    /// without such data, and once `stop` says so.
     ///
     /// # Errors
     /// Unreadable data.
-    pub fn validate(&mut self) -> Result<Option<f64>> {
+    pub fn validate(&mut self, stop: impl Fn() -> bool) -> Result<Option<f64>> {
         let Some(validation) = &self.validation else {
             return Ok(None);
         };
@@ -354,6 +356,9 @@ impl Trainer {
         )?;
         let (mut sum, mut rows) = (0f64, 0usize);
         for batch in batches {
+            if stop() {
+                return Ok(None);
+            }
             let batch = batch?;
             let (ids, labels) = to_tensors(&batch, &self.device)?;
             sum += self.model.loss(&ids, &labels)? * batch.rows as f64;

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
 
+use crate::config::MAX_THREADS;
 use crate::error::IoContext;
 use crate::{Error, Result};
 pub use documents::Skipped;
@@ -204,6 +205,18 @@ impl TokenizeOptions {
         if self.threads == Some(0) || self.max_shard_tokens == Some(0) {
             return Err(Error::usage(
                 "--threads and --max-shard-tokens must be at least 1",
+            ));
+        }
+        if let Some(threads) = self.threads
+            && threads as u64 > MAX_THREADS
+        {
+            return Err(Error::usage(format!(
+                "--threads {threads}: at most {MAX_THREADS}"
+            )));
+        }
+        if self.sample_bytes == Some(0) {
+            return Err(Error::usage(
+                "--sample-mb 0 leaves nothing: give at least 1",
             ));
         }
         if let Some(limit) = self.max_shard_tokens
