@@ -133,6 +133,13 @@ fn an_unknown_key_gets_the_nearest_known_one() {
         &["did you mean `data.prepare.input`"],
     );
     refused("model: {presets: 125M}", &["did you mean `model.preset`"]);
+    // In another section, if the name is the same there.
+    refused("layers: 3", &["`layers`", "did you mean `model.layers`"]);
+    refused(
+        "train: {lr: 3}",
+        &["`train.lr`", "did you mean `optimizer.lr`"],
+    );
+    refused("train: {1: 3}", &["train: keys are words, not `1`"]);
     refused(
         "data: {train: [{path: a, wieght: 2}]}",
         &["data.train[0]", "wieght", "weight"],

@@ -218,6 +218,22 @@ fn outputs_that_cannot_be() {
     refused(dir, &format!("{input} {same}"), 2, &["both a.bin"]);
 }
 
+/// A tokenizer that no token file names is someone's all the same.
+#[test]
+fn a_foreign_tokenizer_is_not_replaced() {
+    let dir = workplace();
+    let foreign = dir.path().join("new/tokenizer.json");
+    fs::create_dir(dir.path().join("new")).unwrap();
+    let text = fs::read_to_string(dir.path().join("tokenizer.json")).unwrap();
+    fs::write(foreign, text + "\n").unwrap();
+    refused(
+        dir.path(),
+        "--input good.txt --train-vocab 280 --output new/train.bin",
+        2,
+        &["new/tokenizer.json would be replaced", "another directory"],
+    );
+}
+
 /// `train.bin` would be left without the tokenizer that it was made with.
 #[test]
 fn the_tokenizer_of_another_token_file_is_not_replaced() {

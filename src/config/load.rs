@@ -22,20 +22,26 @@ pub fn from_file(path: &Path, overrides: &[String]) -> Result<Config> {
 
 pub fn from_text(text: &str, origin: &Path, overrides: &[String]) -> Result<Config> {
     let located = |what: String| Error::usage(format!("{}: {what}", origin.display()));
+    let overridden = |what: String| match overrides {
+        [] => located(what),
+        all => located(format!("with --set {}: {what}", all.join(" --set "))),
+    };
     let mut tree: Value = serde_yaml::from_str(text).map_err(|e| located(e.to_string()))?;
     if tree.is_null() {
         tree = Value::Mapping(Mapping::new());
     }
-    check_keys(&tree, &known_keys()?, "").map_err(&located)?;
+    let known = known_keys()?;
+    let names = paths(&known, "");
+    check_keys(&tree, &known, "", &names).map_err(&located)?;
     for assignment in overrides {
         apply_override(&mut tree, assignment)?;
-        check_keys(&tree, &known_keys()?, "")
+        check_keys(&tree, &known, "", &names)
             .map_err(|what| Error::usage(format!("--set {assignment}: {what}")))?;
     }
-    expand_preset(&mut tree).map_err(|e| located(e.to_string()))?;
+    expand_preset(&mut tree).map_err(|e| overridden(e.to_string()))?;
     let config: Config = serde_path_to_error::deserialize(tree)
-        .map_err(|e| located(format!("{}: {}", e.path(), in_words(e.inner()))))?;
-    config.validate().map_err(|e| located(e.to_string()))?;
+        .map_err(|e| overridden(format!("{}: {}", e.path(), in_words(e.inner()))))?;
+    config.validate().map_err(|e| overridden(e.to_string()))?;
     Ok(config)
 }
 
@@ -72,8 +78,43 @@ fn known_keys() -> Result<Value> {
     Ok(tree)
 }
 
-/// Refuses a key of `tree` that `known` lacks, naming the nearest that it has.
-fn check_keys(tree: &Value, known: &Value, path: &str) -> std::result::Result<(), String> {
+/// The full names of all keys in `tree`, sections included.
+fn paths(tree: &Value, path: &str) -> Vec<String> {
+    let mut all = Vec::new();
+    for (key, value) in tree.as_mapping().into_iter().flatten() {
+        let name = join(path, key.as_str().unwrap_or_default());
+        all.extend(paths(value, &name));
+        all.push(name);
+    }
+    all
+}
+
+fn join(path: &str, name: &str) -> String {
+    match path {
+        "" => name.to_string(),
+        _ => format!("{path}.{name}"),
+    }
+}
+
+/// The key most like `name` in the section `path`, which may be in another section.
+fn nearest<'a>(names: &'a [String], path: &str, name: &str) -> &'a str {
+    let closeness = |full: &str| {
+        let (section, key) = full.rsplit_once('.').unwrap_or(("", full));
+        let here = if section == path { 0.1 } else { 0.0 };
+        here + strsim::jaro_winkler(key, name)
+    };
+    let names = names.iter().map(String::as_str);
+    let nearest = names.max_by(|a, b| closeness(a).total_cmp(&closeness(b)));
+    nearest.unwrap_or_default()
+}
+
+/// Refuses a key of `tree` that `known` lacks, naming the nearest of all `names`.
+fn check_keys(
+    tree: &Value,
+    known: &Value,
+    path: &str,
+    names: &[String],
+) -> std::result::Result<(), String> {
     let Some(known) = known.as_mapping() else {
         return Ok(());
     };
@@ -84,26 +125,16 @@ fn check_keys(tree: &Value, known: &Value, path: &str) -> std::result::Result<()
         _ => return Err(format!("{path} must be a section of keys")),
     };
     for (key, value) in tree {
-        let name = key.as_str().unwrap_or("(not a word)");
-        let full = match path {
-            "" => name.to_string(),
-            _ => format!("{path}.{name}"),
+        let Some(name) = key.as_str() else {
+            let place = if path.is_empty() { "the file" } else { path };
+            let key = serde_yaml::to_string(key).unwrap_or_default();
+            return Err(format!("{place}: keys are words, not `{}`", key.trim()));
         };
+        let full = join(path, name);
         match known.get(name) {
-            Some(inner) => check_keys(value, inner, &full)?,
+            Some(inner) => check_keys(value, inner, &full, names)?,
             None => {
-                let nearest = known
-                    .keys()
-                    .filter_map(Value::as_str)
-                    .max_by(|a, b| {
-                        let closeness = |k: &str| strsim::jaro_winkler(k, name);
-                        closeness(a).total_cmp(&closeness(b))
-                    })
-                    .unwrap_or_default();
-                let nearest = match path {
-                    "" => nearest.to_string(),
-                    _ => format!("{path}.{nearest}"),
-                };
+                let nearest = nearest(names, path, name);
                 return Err(format!("unknown key `{full}`: did you mean `{nearest}`?"));
             }
         }

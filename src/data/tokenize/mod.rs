@@ -259,7 +259,8 @@ fn prepare_directories(options: &TokenizeOptions) -> Result<PathBuf> {
     Ok(directory_of(&options.output).to_path_buf())
 }
 
-/// Refuses to replace a tokenizer that token files of other names beside the output were made with.
+/// Refuses to replace a tokenizer that is not an earlier run's of these very outputs, or that token
+/// files of other names beside them were made with.
 fn check_replaces_no_other_tokenizer(
     options: &TokenizeOptions,
     directory: &Path,
@@ -273,31 +274,35 @@ fn check_replaces_no_other_tokenizer(
     if replaced == vocabulary.hash {
         return Ok(());
     }
+    // A file whose sidecar cannot be read names no tokenizer.
+    let made_with_it = |file: &Path| {
+        let sidecar = Sidecar::read_beside(file).ok().flatten();
+        sidecar.is_some_and(|sidecar| sidecar.tokenizer_hash == replaced)
+    };
     // Both outputs may spell the directory differently.
     let canonical = |path: &PathBuf| path.canonicalize().at("find", path);
-    let mut own = Vec::new();
+    let (mut own, mut ours) = (Vec::new(), false);
     let validation = options.validation.as_ref().map(|v| &v.output);
     for output in validation.into_iter().chain([&options.output]) {
         for file in files_of_name(output)? {
+            ours |= made_with_it(&file);
             own.push(canonical(&file)?);
         }
     }
+    let mut why = (!ours).then(|| "no earlier output of this name was made with it".to_string());
     for file in bin_files(directory, |_| true)? {
-        // A file whose sidecar cannot be read names no tokenizer.
-        if let Ok(Some(sidecar)) = Sidecar::read_beside(&file)
-            && sidecar.tokenizer_hash == replaced
-            && !own.contains(&canonical(&file)?)
-        {
-            return Err(Error::usage(format!(
-                "{} would be replaced by another tokenizer, but {} was made with it: write to \
-                 another directory, or tokenise with that file (--tokenizer, or data.tokenizer in \
-                 a configuration)",
-                tokenizer.display(),
-                file.display()
-            )));
+        if made_with_it(&file) && !own.contains(&canonical(&file)?) {
+            why = Some(format!("{} was made with it", file.display()));
         }
     }
-    Ok(())
+    match why {
+        None => Ok(()),
+        Some(why) => Err(Error::usage(format!(
+            "{} would be replaced by another tokenizer, but {why}: write to another directory, or \
+             tokenise with that file (--tokenizer, or data.tokenizer in a configuration)",
+            tokenizer.display()
+        ))),
+    }
 }
 
 /// Trains on the training split of a sample of the sources, as far as the sample's limit. Returns
