@@ -79,9 +79,11 @@ fn files_are_made_once_and_made_whole_again() {
     assert!(!made(&data), "they are there");
     assert!(first == files(dir.path()));
 
-    fs::remove_file(dir.path().join("val.bin")).unwrap();
-    assert!(made(&data));
-    assert!(first == files(dir.path()), "the same text, the same files");
+    for lost in ["val.bin", "tokenizer.json"] {
+        fs::remove_file(dir.path().join(lost)).unwrap();
+        assert!(made(&data), "{lost}");
+        assert!(first == files(dir.path()), "the same text, the same files");
+    }
 }
 
 #[test]

@@ -222,6 +222,30 @@ fn named_extensions_fields_and_columns() {
     assert_eq!(decoded(&dir.path().join("t.bin")), d);
 }
 
+/// A byte order mark is no text, a link to nothing no reason to stop.
+#[cfg(unix)]
+#[test]
+fn files_as_they_are_found_in_the_wild() {
+    let dir = TempDir::new().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    fs::create_dir(path("in")).unwrap();
+    let text = "some words, and some more words. ".repeat(20);
+    let lines = [b"\xef\xbb\xbf".to_vec(), jsonl(&[text.clone()], "text")].concat();
+    fs::write(path("in/bom.jsonl"), lines).unwrap();
+    std::os::unix::fs::symlink("nowhere", path("in/broken.jsonl")).unwrap();
+    std::os::unix::fs::symlink(".", path("in/loop")).unwrap();
+    let output = tokenize(dir.path())
+        .args(["--input", "in", "--train-vocab", "270", "--output", "a.bin"])
+        .assert()
+        .success();
+    let warnings = String::from_utf8(output.get_output().stderr.clone()).unwrap();
+    assert!(
+        warnings.contains("in/broken.jsonl") && warnings.contains("in/loop"),
+        "{warnings}"
+    );
+    assert_eq!(decoded(&path("a.bin")), [text]);
+}
+
 #[test]
 fn the_output_does_not_depend_on_the_number_of_threads() {
     let (dir, _) = with_jsonl(5000); // several batches

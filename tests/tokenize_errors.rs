@@ -330,8 +330,8 @@ fn options_that_cannot_be() {
     refused(
         dir,
         &format!("{input} --tokenizer none.json"),
-        1,
-        &["cannot read none.json"],
+        2,
+        &["none.json does not exist"],
     );
     refused(
         dir,

@@ -56,8 +56,11 @@ fn in_words(error: &serde_yaml::Error) -> String {
         "f64" => "a number",
         "a boolean" => "true or false",
         "a sequence" => "a list",
+        "a Value::Tagged enum" => "a word",
         other => other,
     };
+    // YAML reads an empty value as none at all.
+    let what = what.replace("unit value", "no value (\"\" is an empty text)");
     format!("{what}expected {expected}")
 }
 

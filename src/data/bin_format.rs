@@ -131,7 +131,10 @@ impl TokenFile {
         let file = File::open(path).at("open", path)?;
         let metadata = file.metadata().at("inspect", path)?;
         if !metadata.is_file() {
-            return Err(Error::format(path, "not a token file: it is a directory"));
+            return Err(Error::format(
+                path,
+                "not a token file: not a regular file; of a directory, name one .bin",
+            ));
         }
         if metadata.len() == 0 {
             return Err(Error::format(path, "the file is empty: make it again"));
@@ -325,7 +328,7 @@ fn headerless_layout(
             path,
             format!(
                 "not an llm.c token file (magic number {found}, expected 20240520 or 20240801); \
-                 for a nanoGPT file without a header set the data set's `dtype` to u16 or u32"
+                 for a nanoGPT file without a header set data.dtype, or --dtype, to u16 or u32"
             ),
         ));
     };

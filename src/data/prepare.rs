@@ -10,8 +10,8 @@ use super::tokenize::{self, TokenizeOptions, TokenizeSummary, Validation, Vocabu
 use crate::config::{Data, Prepare};
 use crate::{Error, Result};
 
-/// Tokenises when the training or the validation file is not there yet; `None` when they are, made
-/// from the same section. Either may be shards.
+/// Tokenises when the training file, the validation file or the tokenizer is not there yet; `None`
+/// when they are, made from the same section. The token files may be shards.
 ///
 /// # Errors
 /// `Usage` when a file of either name was made otherwise, by hand or from a section that has
@@ -21,7 +21,7 @@ pub fn prepare(data: &Data, progress: &ProgressBar) -> Result<Option<TokenizeSum
         return Ok(None);
     };
     let made_by = description(prepare);
-    let mut complete = true;
+    let mut complete = data.tokenizer.as_ref().is_none_or(|path| path.is_file());
     for path in [Some(&source.path), data.val.as_ref()]
         .into_iter()
         .flatten()

@@ -117,6 +117,8 @@ impl Piece {
 
 /// The text in one field of a JSON object, or what is wrong with the line.
 fn text_of_line(line: &str, field: &str) -> std::result::Result<String, String> {
+    // Some programs begin a file with a byte order mark.
+    let line = line.strip_prefix('\u{feff}').unwrap_or(line);
     let mut json = serde_json::Deserializer::from_str(line);
     let found = json
         .deserialize_map(TextField(field))
@@ -125,7 +127,13 @@ fn text_of_line(line: &str, field: &str) -> std::result::Result<String, String> 
         Ok(Some(text)) => Ok(text),
         // Off the fast path: say what is there instead.
         Ok(None) | Err(_) => Err(match serde_json::from_str::<Map<String, Value>>(line) {
-            Err(error) => format!("not a JSON object: {error}"),
+            Err(error) => {
+                // serde_json counts the lines of this one.
+                let error = error
+                    .to_string()
+                    .replace(" at line 1 column ", " at column ");
+                format!("not a JSON object: {error}")
+            }
             Ok(object) if object.contains_key(field) => {
                 format!("field `{field}` is not a string")
             }

@@ -432,7 +432,7 @@ fn check_not_empty(train: Totals, validation: Option<Totals>, skipped: Skipped) 
             _ => ("validation", "raise"),
         };
         return Err(Error::usage(format!(
-            "none of the {} documents falls into the {split} split: {change} --val-fraction or \
+            "none of the {} documents falls into the {split} split: {change} the validation fraction or \
              give more documents",
             train.documents + held_out
         )));

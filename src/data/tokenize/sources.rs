@@ -43,7 +43,8 @@ pub enum Compression {
 }
 
 /// The files that `inputs` name: a file as it is, a directory with every file below it that has
-/// one of the extensions (also followed by `.gz` or `.zst`), in order of name.
+/// one of the extensions (also followed by `.gz` or `.zst`), in order of name. Links below it that
+/// lead nowhere are warned about.
 ///
 /// # Errors
 /// `Usage` when an input does not exist or holds no such file.
@@ -90,14 +91,17 @@ fn walk(root: &Path, wanted: &[&str], sources: &mut Vec<Source>) -> Result<()> {
     let before = sources.len();
     let mut left_out: BTreeMap<String, usize> = BTreeMap::new();
     for entry in WalkDir::new(root).follow_links(true).sort_by_file_name() {
-        let entry = entry.map_err(|error| {
-            let path = error.path().unwrap_or(root).to_path_buf();
-            Error::Io {
-                action: "list",
-                path,
-                source: error.into(),
+        let entry = match entry {
+            Err(error) if leads_nowhere(&error) => {
+                tracing::warn!("left out: {error}");
+                continue;
             }
-        })?;
+            other => other.map_err(|error| Error::Io {
+                action: "list",
+                path: error.path().unwrap_or(root).to_path_buf(),
+                source: error.into(),
+            })?,
+        };
         if !entry.file_type().is_file() {
             continue;
         }
@@ -113,6 +117,12 @@ fn walk(root: &Path, wanted: &[&str], sources: &mut Vec<Source>) -> Result<()> {
         return Err(Error::usage(nothing_found(root, wanted, &left_out)));
     }
     Ok(())
+}
+
+/// A link to nothing, or to a directory that it lies in.
+fn leads_nowhere(error: &walkdir::Error) -> bool {
+    let missing = |e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound;
+    error.loop_ancestor().is_some() || error.io_error().is_some_and(missing)
 }
 
 fn nothing_found(root: &Path, wanted: &[&str], left_out: &BTreeMap<String, usize>) -> String {

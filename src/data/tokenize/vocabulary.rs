@@ -65,9 +65,15 @@ impl Vocabulary {
     /// is looked for under its usual names.
     ///
     /// # Errors
-    /// `Io` when it cannot be read, `Format` when it is not a tokenizer, `Usage` when it has no
-    /// such token.
+    /// `Usage` when it does not exist or has no such token, `Io` when it cannot be read, `Format`
+    /// when it is not a tokenizer.
     pub fn load(path: &Path, eos_token: Option<&str>) -> Result<Self> {
+        if !path.exists() {
+            return Err(Error::usage(format!(
+                "tokenizer {} does not exist",
+                path.display()
+            )));
+        }
         let json = std::fs::read(path).at("read", path)?;
         let tokenizer = Tokenizer::from_bytes(&json).map_err(|error| {
             Error::format(
