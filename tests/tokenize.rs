@@ -230,7 +230,11 @@ fn files_as_they_are_found_in_the_wild() {
     let path = |name: &str| dir.path().join(name);
     fs::create_dir(path("in")).unwrap();
     let text = "some words, and some more words. ".repeat(20);
-    let lines = [b"\xef\xbb\xbf".to_vec(), jsonl(&[text.clone()], "text")].concat();
+    let lines = [
+        b"\xef\xbb\xbf".to_vec(),
+        jsonl(std::slice::from_ref(&text), "text"),
+    ]
+    .concat();
     fs::write(path("in/bom.jsonl"), lines).unwrap();
     std::os::unix::fs::symlink("nowhere", path("in/broken.jsonl")).unwrap();
     std::os::unix::fs::symlink(".", path("in/loop")).unwrap();
