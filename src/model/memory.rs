@@ -68,8 +68,9 @@ impl MemoryEstimate {
         }
     }
 
-    /// Bytes that training takes on the CPU but for short-lived buffers (94% of the peak measured): four
-    /// numbers a weight, what [`super::cpu`] keeps of each layer, and its dequantised projections.
+    /// Bytes that training takes on the CPU but for short-lived buffers, 94% of the peak measured:
+    /// four numbers a weight, what [`super::cpu`] keeps of each layer, and its dequantised
+    /// projections.
     pub fn cpu_training(config: &BitNetConfig, micro_batch: usize, seq_len: usize) -> u64 {
         let shape = Shape::new(config, micro_batch, seq_len);
         let features = 7.0 * shape.hidden + 2.0 * shape.kv + 4.0 * shape.intermediate;
