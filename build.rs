@@ -5,12 +5,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::{env, fs};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{env, fs, thread};
 
+const HOPPER: &str = "arch=compute_90a,code=sm_90a";
 const TARGETS: [&str; 3] = [
     "arch=compute_80,code=[sm_80,compute_80]",
     "arch=compute_89,code=sm_89",
-    "arch=compute_90a,code=sm_90a",
+    HOPPER,
 ];
 
 fn main() {
@@ -28,16 +30,23 @@ fn main() {
     if env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "linux") {
         link_driver_loader(&nvcc, &out_dir);
     }
-    for entry in fs::read_dir("kernels").expect("the crate has a kernels directory") {
-        let source = entry.expect("kernels is readable").path();
-        if source
-            .extension()
-            .is_some_and(|extension| extension == "cu")
-        {
+    let sources: Vec<PathBuf> = fs::read_dir("kernels")
+        .expect("the crate has a kernels directory")
+        .map(|entry| entry.expect("kernels is readable").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
+        .collect();
+    let next = AtomicUsize::new(0);
+    let compile_the_next = || {
+        while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
             let name = source.file_stem().expect("a .cu file has a name");
-            compile(&nvcc, &source, &out_dir.join(name).with_extension("fatbin"));
+            compile(&nvcc, source, &out_dir.join(name).with_extension("fatbin"));
         }
-    }
+    };
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(compile_the_next);
+        }
+    });
 }
 
 fn find_nvcc() -> PathBuf {
@@ -65,10 +74,15 @@ fn find_nvcc() -> PathBuf {
 }
 
 fn compile(nvcc: &Path, source: &Path, fatbin: &Path) {
-    let targets = TARGETS.iter().flat_map(|target| ["-gencode", target]);
+    // Kernels of one architecture's own instructions are named after it.
+    let name = source.file_stem().unwrap_or_default().to_string_lossy();
+    let targets = match name.ends_with("_hopper") {
+        true => &[HOPPER][..],
+        false => &TARGETS,
+    };
     run(Command::new(nvcc)
         .args(["-fatbin", "-O3", "-std=c++17", "-Werror", "all-warnings"])
-        .args(targets)
+        .args(targets.iter().flat_map(|target| ["-gencode", target]))
         .arg("-o")
         .args([fatbin, source]));
 }

@@ -2,7 +2,7 @@
 //!
 //! - [`cli`]: the command line, one file a subcommand
 //! - [`config`]: the YAML configuration of a run
-//! - `cuda`: kernels and their launchers, with the `cuda` feature
+//! - [`cuda`]: training on an NVIDIA GPU, with the `cuda` feature
 //! - [`data`]: text to token files, token files to batches
 //! - [`device`]: which device a command runs on
 //! - [`error`]: the one error type
@@ -15,7 +15,6 @@
 
 pub mod cli;
 pub mod config;
-#[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod data;
 pub mod device;

@@ -5,7 +5,7 @@ mod common;
 
 use candle_core::{CudaDevice, Device};
 use common::exact_product;
-use titanbit::cuda::{CudaPackedTernary, TernaryMatmul};
+use titanbit::cuda::kernels::{CudaPackedTernary, TernaryMatmul};
 use titanbit::quant::PackedTernary;
 
 fn gpu() -> Option<CudaDevice> {

@@ -12,8 +12,8 @@ use common::assert_refused;
 use serde_json::Value;
 use tempfile::TempDir;
 use titanbit::config::Config;
-use titanbit::model::{BitNetConfig, BitNetTransformer};
-use titanbit::train::AdamW;
+use titanbit::model::BitNetConfig;
+use titanbit::train::Learner;
 use titanbit::train::checkpoint::{CheckpointDir, Progress};
 
 fn info(args: &[&str]) -> Output {
@@ -97,7 +97,15 @@ fn a_published_size() {
     let memory = &training["memory"];
     assert_eq!(memory["weights"], 4 * (TERNARY + REST));
     assert_eq!(memory["optimizer"], 8 * (TERNARY + REST));
-    let parts = ["weights", "gradients", "optimizer", "activations"];
+    // Int8 codes, and the LM head in bf16.
+    assert_eq!(memory["quantized"], TERNARY + 2 * 32000 * 768);
+    let parts = [
+        "weights",
+        "quantized",
+        "gradients",
+        "optimizer",
+        "activations",
+    ];
     let sum: u64 = parts
         .iter()
         .map(|part| memory[part].as_u64().unwrap())
@@ -158,11 +166,18 @@ fn the_model_of_a_config() {
     let training = &report["training"];
     assert_eq!(training["micro_batch"], 3);
     assert_eq!(training["seq_len"], 128);
-    // One micro-batch a step: no second buffer to sum gradients in.
     assert_eq!(
         training["memory"]["gradients"],
         training["memory"]["weights"]
     );
+    let formats = ["precision.gradients=bf16", "precision.optimizer_state=int8"];
+    let args = ["--config", config, "--set", formats[0], "--set", formats[1]];
+    let memory = json(&args)["training"]["memory"].clone();
+    // Two bytes a weight for both moments and 4 for every 256 of each; gradients of norms stay f32.
+    let weights = memory["weights"].as_u64().unwrap() / 4;
+    let norms = 2 * (3 * 768 + 2048) + 768;
+    assert_eq!(memory["gradients"], 2 * weights + 2 * norms);
+    assert_eq!(memory["optimizer"], 2 * (weights + 4 * weights.div_ceil(256)));
     assert_eq!(
         json(&["--config", config, "--seq-len", "64"])["training"]["seq_len"],
         64
@@ -314,8 +329,8 @@ fn checkpoint(run_dir: &Path) -> PathBuf {
         ..Config::default()
     };
     config.train.seq_len = 64;
-    let model = BitNetTransformer::new(&config.model, 1, &Device::Cpu).unwrap();
-    for parameter in model.parameters().iter() {
+    let learner = Learner::new(&config, &Device::Cpu).unwrap();
+    for parameter in learner.model().parameters().iter() {
         if parameter.name.contains("_proj") {
             let shape = parameter.var.shape();
             let pattern = match parameter.name.contains("layers.0.") {
@@ -327,7 +342,6 @@ fn checkpoint(run_dir: &Path) -> PathBuf {
             parameter.var.set(&weight).unwrap();
         }
     }
-    let optimizer = AdamW::new(&config.optimizer, model.parameters()).unwrap();
     let progress = Progress {
         step: 7,
         tokens: 123_456,
@@ -338,7 +352,7 @@ fn checkpoint(run_dir: &Path) -> PathBuf {
         stability: Default::default(),
     };
     CheckpointDir::new(run_dir)
-        .save(progress, &config, &model, &optimizer)
+        .save(progress, &config, &learner)
         .unwrap()
 }
 

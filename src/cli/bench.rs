@@ -1,10 +1,12 @@
-//! `titanbit bench`: the ternary product over packed 2-bit weights against a dense one.
+//! `titanbit bench`: the ternary product over packed 2-bit weights against a dense one, and with
+//! `train` whole training steps.
 
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod problem;
 mod timing;
+mod train;
 
 use candle_core::Device;
 use serde_json::{Value, json};
@@ -20,7 +22,10 @@ use timing::Timing;
 /// Multiplies random int8 activations (M, K) by random ternary weights (N, K): on the CPU against
 /// an f32 GEMM, on a GPU against bf16 cuBLAS. Every result is checked against the exact integers.
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Rows of the activations (tokens)
     #[arg(long, default_value_t = 2048)]
     m: usize,
@@ -38,6 +43,11 @@ pub struct Args {
     json: bool,
 }
 
+#[derive(clap::Subcommand)]
+enum Command {
+    Train(train::Args),
+}
+
 /// One path, timed and checked.
 struct Measured {
     name: &'static str,
@@ -48,6 +58,9 @@ struct Measured {
 }
 
 pub fn run(args: Args) -> Result<()> {
+    if let Some(Command::Train(args)) = &args.command {
+        return train::run(args);
+    }
     check_shape(&args)?;
     let device = device::select(&args.device)?;
     check_memory(&args, &device)?;

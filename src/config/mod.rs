@@ -12,8 +12,8 @@ use crate::{Error, Result};
 
 pub use sections::MAX_THREADS;
 pub use sections::{
-    Checkpoint, Data, Eval, Hardware, Logging, Optimizer, Prepare, Schedule, ScheduleKind, Source,
-    Stability, Train,
+    Checkpoint, Data, Eval, GradientDtype, Hardware, Kernels, Logging, Optimizer, Precision, Prepare,
+    Recompute, Schedule, ScheduleKind, Source, Stability, StateDtype, Train,
 };
 
 /// Everything that determines a run. The default is the 1.3B model tuned for an L20 48 GB.
@@ -22,6 +22,7 @@ pub use sections::{
 pub struct Config {
     pub model: BitNetConfig,
     pub train: Train,
+    pub precision: Precision,
     pub data: Data,
     pub optimizer: Optimizer,
     pub schedule: Schedule,

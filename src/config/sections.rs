@@ -64,6 +64,19 @@ pub struct Train {
     pub grad_accum: usize,
     /// Seeds the initial weights and the order of the data.
     pub seed: u64,
+    /// Activations that a GPU computes anew in the backward pass instead of keeping them.
+    pub recompute: Recompute,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// Nothing: the fastest.
+    None,
+    /// The gate and up projections, about half of what a layer keeps.
+    Selective,
+    /// Everything but each layer's input.
+    Full,
 }
 
 impl Default for Train {
@@ -71,9 +84,10 @@ impl Default for Train {
         Self {
             steps: 100_000,
             seq_len: 2048,
-            micro_batch: 4,
-            grad_accum: 64,
+            micro_batch: 1,
+            grad_accum: 256,
             seed: 42,
+            recompute: Recompute::None,
         }
     }
 }
@@ -237,6 +251,42 @@ impl Optimizer {
         positive("optimizer.eps", self.eps)?;
         not_negative("optimizer.weight_decay", self.weight_decay)?;
         positive("optimizer.grad_clip", self.grad_clip)
+    }
+}
+
+/// Number formats of a GPU's training; a CPU computes and keeps everything in f32. The forward
+/// products are exact in all of them, and weights stay f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Precision {
+    /// Weight gradients summed over the micro-batches.
+    pub gradients: GradientDtype,
+    /// AdamW's two moments.
+    pub optimizer_state: StateDtype,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GradientDtype {
+    F32,
+    Bf16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StateDtype {
+    F32,
+    Bf16,
+    /// One byte a value on a non-linear scale, with an f32 maximum for every block.
+    Int8,
+}
+
+impl Default for Precision {
+    fn default() -> Self {
+        Self {
+            gradients: GradientDtype::F32,
+            optimizer_state: StateDtype::Bf16,
+        }
     }
 }
 
@@ -457,6 +507,17 @@ pub struct Hardware {
     pub peak_tflops: Option<f64>,
     /// CPU threads; unset takes all cores.
     pub threads: Option<usize>,
+    /// Which of our CUDA kernels run.
+    pub kernels: Kernels,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kernels {
+    /// The ones made for the GPU at hand.
+    Auto,
+    /// Those for every GPU from sm_80 on.
+    Portable,
 }
 
 impl Default for Hardware {
@@ -465,6 +526,7 @@ impl Default for Hardware {
             device: "auto".into(),
             peak_tflops: None,
             threads: None,
+            kernels: Kernels::Auto,
         }
     }
 }

@@ -17,15 +17,20 @@
     DO(cuDeviceTotalMem_v2)                                                                        \
     DO(cuEventCreate)                                                                              \
     DO(cuEventDestroy_v2)                                                                          \
+    DO(cuEventElapsedTime_v2)                                                                      \
     DO(cuEventRecord)                                                                              \
+    DO(cuEventSynchronize)                                                                         \
+    DO(cuFuncSetAttribute)                                                                         \
     DO(cuGetErrorString)                                                                           \
     DO(cuInit)                                                                                     \
     DO(cuLaunchKernel)                                                                             \
     DO(cuMemAllocAsync)                                                                            \
     DO(cuMemAlloc_v2)                                                                              \
     DO(cuMemFreeAsync)                                                                             \
+    DO(cuMemFreeHost)                                                                              \
     DO(cuMemFree_v2)                                                                               \
     DO(cuMemGetInfo_v2)                                                                            \
+    DO(cuMemHostAlloc)                                                                             \
     DO(cuMemcpyDtoDAsync_v2)                                                                       \
     DO(cuMemcpyDtoHAsync_v2)                                                                       \
     DO(cuMemcpyHtoDAsync_v2)                                                                       \
@@ -35,11 +40,13 @@
     DO(cuModuleLoad)                                                                               \
     DO(cuModuleLoadData)                                                                           \
     DO(cuModuleUnload)                                                                             \
+    DO(cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags)                                       \
     DO(cuStreamCreate)                                                                             \
     DO(cuStreamDestroy_v2)                                                                         \
     DO(cuStreamIsCapturing)                                                                        \
     DO(cuStreamSynchronize)                                                                        \
-    DO(cuStreamWaitEvent)
+    DO(cuStreamWaitEvent)                                                                          \
+    DO(cuTensorMapEncodeTiled)
 
 // CUDA_ERROR_STUB_LIBRARY: there is no driver.
 static int absent(void) { return 34; }

@@ -1,31 +1,25 @@
-//! Our own CUDA kernels: loading here, one launcher file beside each `kernels/*.cu`.
+//! Training on an NVIDIA GPU: [`Engine`] runs whole steps, `network` and `layer` are the
+//! passes through the model, `kernels` has a launcher for each `kernels/*.cu`.
+//!
+//! Without the `cuda` feature only the layout of the memory is compiled, for `titanbit info`.
 
-mod ternary_matmul;
+mod arena;
+#[cfg(feature = "cuda")]
+mod engine;
+#[cfg(feature = "cuda")]
+mod input;
+#[cfg(feature = "cuda")]
+pub mod kernels;
+#[cfg(feature = "cuda")]
+mod layer;
+#[cfg(feature = "cuda")]
+mod network;
+// Only a GPU needs it; its test runs anywhere.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+mod token_groups;
+mod workspace;
 
-pub use ternary_matmul::{CudaPackedTernary, TernaryMatmul};
-
-use candle_core::cuda_backend::WrapErr;
-use candle_core::{CudaDevice, cuda_backend::cudarc};
-use cudarc::driver::CudaFunction;
-use cudarc::nvrtc::Ptx;
-
-use crate::Result;
-
-/// The images that `build.rs` compiled.
-macro_rules! fatbin {
-    ($kernel:literal) => {
-        include_bytes!(concat!(env!("OUT_DIR"), "/", $kernel, ".fatbin"))
-    };
-}
-use fatbin;
-
-/// Loads one function of a fatbin into the context that candle uses, so that both share memory
-/// and streams. The driver picks the machine code of its GPU, or compiles the PTX.
-fn load(device: &CudaDevice, fatbin: &[u8], function: &str) -> Result<CudaFunction> {
-    let stream = device.cuda_stream();
-    let module = stream
-        .context()
-        .load_module(Ptx::from_binary(fatbin.to_vec()))
-        .w()?;
-    Ok(module.load_function(function).w()?)
-}
+pub use arena::{Arena, DevicePtr};
+#[cfg(feature = "cuda")]
+pub use engine::Engine;
+pub use workspace::{Sizes, Workspace};

@@ -202,13 +202,18 @@ impl BitNetConfig {
         self.vocab_size * self.hidden_size
     }
 
+    /// Weights of the embedding and, if it has its own, of the LM head.
+    pub fn embedding_weights(&self) -> usize {
+        self.lm_head_weights() * if self.tie_embeddings { 1 } else { 2 }
+    }
+
     pub fn parameter_count(&self) -> ParameterCount {
         let per_layer: usize = self.projections().iter().map(|p| p.rows * p.cols).sum();
         let norms_per_layer = 3 * self.hidden_size + self.intermediate_size;
-        let embeddings = self.lm_head_weights() * if self.tie_embeddings { 1 } else { 2 };
+        let norms = self.layers * norms_per_layer + self.hidden_size;
         ParameterCount {
             ternary: self.layers * per_layer,
-            full_precision: embeddings + self.layers * norms_per_layer + self.hidden_size,
+            full_precision: self.embedding_weights() + norms,
         }
     }
 

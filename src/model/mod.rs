@@ -6,10 +6,9 @@ mod memory;
 pub mod ops;
 mod parameters;
 mod transformer;
-mod weights;
+pub(crate) mod weights;
 
 pub use config::{Activation, BitNetConfig, ParameterCount, Projection};
 pub use memory::{MemoryEstimate, ModelBytes};
-pub(crate) use parameters::checked;
 pub use parameters::{Parameter, Parameters, tensor_shapes};
 pub use transformer::{BitNetTransformer, Output};

@@ -30,25 +30,30 @@ pub struct Rope {
     pub(super) sin: Tensor,
 }
 
+/// The tables of [`Rope`] on the host: cos, sin.
+pub fn rope_tables(head_dim: usize, max_seq_len: usize, theta: f64) -> [Vec<f32>; 2] {
+    let inverse_frequency: Vec<f32> = (0..head_dim / 2)
+        .map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64) as f32)
+        .collect();
+    let table = |f: fn(f64) -> f64| {
+        (0..max_seq_len)
+            .flat_map(|position| {
+                inverse_frequency
+                    .iter()
+                    .map(move |frequency| f((position as f32 * frequency) as f64) as f32)
+            })
+            .collect()
+    };
+    [table(f64::cos), table(f64::sin)]
+}
+
 impl Rope {
     pub fn new(head_dim: usize, max_seq_len: usize, theta: f64, device: &Device) -> Result<Self> {
-        let half = head_dim / 2;
-        let inverse_frequency: Vec<f32> = (0..half)
-            .map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64) as f32)
-            .collect();
-        let table = |f: fn(f64) -> f64| {
-            let values: Vec<f32> = (0..max_seq_len)
-                .flat_map(|position| {
-                    inverse_frequency
-                        .iter()
-                        .map(move |frequency| f((position as f32 * frequency) as f64) as f32)
-                })
-                .collect();
-            Tensor::from_vec(values, (max_seq_len, half), device)
-        };
+        let [cos, sin] = rope_tables(head_dim, max_seq_len, theta);
+        let shape = (max_seq_len, head_dim / 2);
         Ok(Self {
-            cos: table(f64::cos)?,
-            sin: table(f64::sin)?,
+            cos: Tensor::from_vec(cos, shape, device)?,
+            sin: Tensor::from_vec(sin, shape, device)?,
         })
     }
 }

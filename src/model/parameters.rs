@@ -188,7 +188,7 @@ impl Parameters {
     ///
     /// # Errors
     /// Parameters of a model of another shape.
-    pub(super) fn by_place(&self, config: &BitNetConfig) -> Result<Weights<Tensor>> {
+    pub(crate) fn by_place(&self, config: &BitNetConfig) -> Result<Weights<Tensor>> {
         let weight = |name: &str| {
             self.0
                 .iter()
@@ -225,11 +225,7 @@ impl Parameters {
 }
 
 /// The tensor called `name` as f32, if it is floating point and has the shape the model needs.
-pub(crate) fn checked(
-    tensors: &HashMap<String, Tensor>,
-    name: &str,
-    shape: &[usize],
-) -> Result<Tensor> {
+fn checked(tensors: &HashMap<String, Tensor>, name: &str, shape: &[usize]) -> Result<Tensor> {
     let tensor = tensors.get(name).ok_or_else(|| {
         Error::usage(format!("tensor `{name}` is missing: another model's file?"))
     })?;

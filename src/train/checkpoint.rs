@@ -8,17 +8,18 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use super::optimizer::{AdamW, Moments};
+use super::learner::Learner;
+use super::optimizer::{AdamW, Moment, Moments};
 use super::stability::StabilityState;
 use crate::config::Config;
 use crate::data::bin_format::hex;
 use crate::data::bin_writer::{replace_file, sync_dir};
 use crate::error::IoContext;
-use crate::model::{BitNetTransformer, Parameters, checked};
+use crate::model::{BitNetTransformer, Parameter, Parameters};
 use crate::{Error, Result};
 
 const MODEL: &str = "model.safetensors";
@@ -77,15 +78,14 @@ impl CheckpointDir {
         &self,
         progress: Progress,
         config: &Config,
-        model: &BitNetTransformer,
-        optimizer: &AdamW,
+        learner: &Learner,
     ) -> Result<PathBuf> {
         fs::create_dir_all(&self.root).at("create", &self.root)?;
         let name = format!("step_{:07}", progress.step);
         let temporary = self.root.join(format!(".{name}.partial"));
         remove_dir(&temporary)?;
         fs::create_dir(&temporary).at("create", &temporary)?;
-        let written = write_files(&temporary, progress, config, model, optimizer);
+        let written = write_files(&temporary, progress, config, learner);
         if let Err(error) = written {
             // The reason is what matters; a leftover is replaced by the next save.
             let _ = fs::remove_dir_all(&temporary);
@@ -274,21 +274,59 @@ pub fn load_optimizer(dir: &Path, config: &Config, parameters: &Parameters) -> R
     let path = dir.join(OPTIMIZER);
     let tensors = candle_core::safetensors::load(&path, &Device::Cpu)
         .map_err(|e| Error::format(&path, format!("not a readable safetensors file ({e})")))?;
+    let read = |kind: &str, p: &Parameter| {
+        Moment::build(p, config, |is_maxima, shape, dtype| {
+            let name = moment_name(kind, is_maxima, p);
+            let tensor = stored(&tensors, &name, &shape, dtype);
+            let tensor = tensor.map_err(|e| Error::format(&path, e))?;
+            Ok(tensor.to_device(p.var.device())?)
+        })
+    };
     let moments = parameters
         .iter()
         .map(|p| {
-            let read = |kind: &str| -> Result<Tensor> {
-                let tensor = checked(&tensors, &format!("{kind}.{}", p.name), p.var.dims())
-                    .map_err(|e| Error::format(&path, e))?;
-                Ok(tensor.to_device(p.var.device())?)
-            };
             Ok(Moments {
-                m: read("m")?,
-                v: read("v")?,
+                m: read("m", p)?,
+                v: read("v", p)?,
             })
         })
         .collect::<Result<_>>()?;
     Ok(AdamW::with_moments(&config.optimizer, moments))
+}
+
+/// `m.NAME`, `v.NAME`, and for 8-bit moments `m_max.NAME`, `v_max.NAME`.
+fn moment_name(kind: &str, is_maxima: bool, parameter: &Parameter) -> String {
+    let suffix = if is_maxima { "_max" } else { "" };
+    format!("{kind}{suffix}.{}", parameter.name)
+}
+
+/// The tensor called `name`, if it has the shape and format that it must have.
+fn stored(
+    tensors: &HashMap<String, Tensor>,
+    name: &str,
+    shape: &Shape,
+    dtype: DType,
+) -> Result<Tensor> {
+    let tensor = tensors.get(name).ok_or_else(|| {
+        Error::usage(format!(
+            "tensor `{name}` is missing: another model's file, or another precision.optimizer_state?"
+        ))
+    })?;
+    if tensor.shape() != shape {
+        return Err(Error::usage(format!(
+            "tensor `{name}` has shape {:?}, the model needs {:?}: check the model section",
+            tensor.dims(),
+            shape.dims()
+        )));
+    }
+    if tensor.dtype() != dtype {
+        return Err(Error::usage(format!(
+            "tensor `{name}` holds {:?}, and {dtype:?} is wanted: go on with the \
+             precision.optimizer_state that the run began with, on the same kind of device",
+            tensor.dtype()
+        )));
+    }
+    Ok(tensor.clone())
 }
 
 /// The line of `state.json` with its own checksum, as [`State::to_json`] writes it.
@@ -313,24 +351,23 @@ fn write_files(
     dir: &Path,
     progress: Progress,
     config: &Config,
-    model: &BitNetTransformer,
-    optimizer: &AdamW,
+    learner: &Learner,
 ) -> Result<()> {
-    let weights = model
-        .parameters()
+    let parameters = learner.model().parameters();
+    let weights = parameters
         .iter()
         .map(|p| (p.name.clone(), p.var.as_detached_tensor()));
     write_tensors(&dir.join(MODEL), weights.collect())?;
-    let moments = model
-        .parameters()
-        .iter()
-        .zip(optimizer.moments())
-        .flat_map(|(p, moments)| {
-            [
-                (format!("m.{}", p.name), moments.m.clone()),
-                (format!("v.{}", p.name), moments.v.clone()),
-            ]
-        });
+    let moments = (parameters.iter().zip(learner.optimizer().moments())).flat_map(|(p, both)| {
+        [("m", &both.m), ("v", &both.v)]
+            .into_iter()
+            .flat_map(move |(kind, moment)| {
+                let tensors = [(false, Some(&moment.values)), (true, moment.maxima.as_ref())];
+                (tensors.into_iter())
+                    .filter_map(|(is_maxima, tensor)| Some((is_maxima, tensor?.clone())))
+                    .map(move |(is_maxima, tensor)| (moment_name(kind, is_maxima, p), tensor))
+            })
+    });
     write_tensors(&dir.join(OPTIMIZER), moments.collect())?;
     let mut names = vec![MODEL, OPTIMIZER];
     if let Some(tokenizer) = config.data.tokenizer.as_ref().filter(|path| path.is_file()) {

@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod gpu_stats;
+mod learner;
 mod metrics;
 mod optimizer;
 mod run;
@@ -12,7 +13,8 @@ pub mod tensorboard;
 mod trainer;
 
 pub use metrics::StepRecord;
-pub use optimizer::{AdamW, UpdateScale};
-pub use run::{Observer, Resume, RunOptions, Summary, run};
+pub use learner::Learner;
+pub use optimizer::{AdamW, Moment, Moments, STATE_BLOCK, Update, UpdateScale};
+pub use run::{Observer, Resume, RunOptions, Summary, check_memory, run};
 pub use stability::{Anomaly, StabilityState};
 pub use trainer::{StepOutcome, Trainer};

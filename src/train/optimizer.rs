@@ -1,10 +1,10 @@
 //! AdamW with decoupled weight decay (arXiv 1711.05101) and a global gradient norm.
 
-use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor, bail};
+use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use crate::Result;
-use crate::config::Optimizer;
+use crate::config::{Config, Optimizer, StateDtype};
 use crate::model::{Parameter, Parameters};
 use crate::simd::{dot, vectorized};
 
@@ -14,8 +14,48 @@ const BLOCK: usize = 1 << 14;
 /// First and second moments of one weight.
 #[derive(Clone, Debug)]
 pub struct Moments {
-    pub m: Tensor,
-    pub v: Tensor,
+    pub m: Moment,
+    pub v: Moment,
+}
+
+/// A moment of one weight in the format that `precision.optimizer_state` says.
+#[derive(Clone, Debug)]
+pub struct Moment {
+    /// f32, bf16, or one byte on a non-linear scale.
+    pub values: Tensor,
+    /// The largest magnitude of every [`STATE_BLOCK`] bytes, f32.
+    pub maxima: Option<Tensor>,
+}
+
+/// Elements of an 8-bit moment that share a maximum.
+pub const STATE_BLOCK: usize = 256;
+
+impl Moment {
+    /// The moment of a weight made of tensors of the shapes and formats it has to have:
+    /// `tensor(false, ..)` of the values, `tensor(true, ..)` of the maxima.
+    pub fn build(
+        parameter: &Parameter,
+        config: &Config,
+        tensor: impl Fn(bool, Shape, DType) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let shape = parameter.var.shape();
+        // The CPU computes in f32 only.
+        let dtype = match parameter.var.device().is_cpu() {
+            true => StateDtype::F32,
+            false => config.precision.optimizer_state,
+        };
+        let (values, maxima) = match dtype {
+            StateDtype::F32 => (DType::F32, None),
+            StateDtype::Bf16 => (DType::BF16, None),
+            StateDtype::Int8 => (DType::U8, Some(shape.elem_count().div_ceil(STATE_BLOCK))),
+        };
+        Ok(Self {
+            values: tensor(false, shape.clone(), values)?,
+            maxima: maxima
+                .map(|blocks| tensor(true, blocks.into(), DType::F32))
+                .transpose()?,
+        })
+    }
 }
 
 #[derive(Debug)]
@@ -34,17 +74,27 @@ pub struct UpdateScale {
 }
 
 impl AdamW {
-    pub fn new(config: &Optimizer, parameters: &Parameters) -> Result<Self> {
+    /// Moments of 0.
+    ///
+    /// # Errors
+    /// `Tensor` when memory runs out.
+    pub fn new(config: &Config, parameters: &Parameters) -> Result<Self> {
+        let zeros = |p: &Parameter| {
+            let device = p.var.device();
+            Moment::build(p, config, |_, shape, dtype| {
+                Ok(Tensor::zeros(shape, dtype, device)?)
+            })
+        };
         let moments = parameters
             .iter()
             .map(|p| {
                 Ok(Moments {
-                    m: p.var.zeros_like()?,
-                    v: p.var.zeros_like()?,
+                    m: zeros(p)?,
+                    v: zeros(p)?,
                 })
             })
             .collect::<Result<_>>()?;
-        Ok(Self::with_moments(config, moments))
+        Ok(Self::with_moments(&config.optimizer, moments))
     }
 
     /// Goes on from saved moments, in the order of the parameters.
@@ -74,17 +124,24 @@ impl AdamW {
         scale: UpdateScale,
         t: u64,
     ) -> Result<()> {
-        for ((parameter, gradient), moments) in
-            parameters.iter().zip(gradients).zip(&mut self.moments)
-        {
-            let update = Update::new(&self.config, parameter, scale, t);
-            if parameter.var.device().is_cpu() {
-                update.in_place(parameter, gradient, moments)?;
-            } else {
-                update.composed(parameter, gradient, moments)?;
-            }
+        let update = self.update_at(scale, t);
+        (parameters.iter().zip(gradients).zip(&self.moments))
+            .try_for_each(|((p, gradient), moments)| update.in_place(p, gradient, moments))
+    }
+
+    /// The coefficients of update number `t`, counted from 1.
+    pub fn update_at(&self, scale: UpdateScale, t: u64) -> Update {
+        let (config, t) = (&self.config, t as f64);
+        Update {
+            gradient: scale.gradient,
+            beta1: config.beta1,
+            beta2: config.beta2,
+            lr: scale.lr,
+            eps: config.eps,
+            weight_decay: scale.weight_decay,
+            correction1: 1.0 / (1.0 - config.beta1.powf(t)),
+            correction2: 1.0 / (1.0 - config.beta2.powf(t)),
         }
-        Ok(())
     }
 }
 
@@ -93,10 +150,7 @@ impl AdamW {
 pub fn grad_norm(gradients: &[Tensor]) -> Result<f64> {
     let mut total = 0f64;
     for gradient in gradients {
-        total += match gradient.device().is_cpu() {
-            true => sum_of_squares(gradient)?,
-            false => gradient.sqr()?.sum_all()?.to_scalar::<f32>()? as f64,
-        };
+        total += sum_of_squares(gradient)?;
     }
     Ok(total.sqrt())
 }
@@ -120,55 +174,23 @@ vectorized! {
     }
 }
 
-/// The coefficients of one weight's update.
-#[derive(Clone, Copy)]
-struct Update {
-    gradient: f64,
-    beta1: f64,
-    beta2: f64,
-    lr: f64,
-    eps: f64,
-    weight_decay: f64,
-    correction1: f64,
-    correction2: f64,
+/// The coefficients of one update.
+#[derive(Clone, Copy, Debug)]
+pub struct Update {
+    /// Factor on every gradient.
+    pub gradient: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub lr: f64,
+    pub eps: f64,
+    /// Of the weights that take any.
+    pub weight_decay: f64,
+    /// 1 / (1 - beta1^t), and the same of beta2.
+    pub correction1: f64,
+    pub correction2: f64,
 }
 
 impl Update {
-    fn new(config: &Optimizer, parameter: &Parameter, scale: UpdateScale, t: u64) -> Self {
-        let t = t as f64;
-        Self {
-            gradient: scale.gradient,
-            beta1: config.beta1,
-            beta2: config.beta2,
-            lr: scale.lr,
-            eps: config.eps,
-            weight_decay: match parameter.decay {
-                true => scale.weight_decay,
-                false => 0.0,
-            },
-            correction1: 1.0 / (1.0 - config.beta1.powf(t)),
-            correction2: 1.0 / (1.0 - config.beta2.powf(t)),
-        }
-    }
-
-    /// In candle primitives, for devices without a kernel of their own.
-    fn composed(
-        &self,
-        parameter: &Parameter,
-        gradient: &Tensor,
-        moments: &mut Moments,
-    ) -> Result<()> {
-        let g = (gradient * self.gradient)?;
-        moments.m = ((&moments.m * self.beta1)? + (&g * (1.0 - self.beta1))?)?;
-        moments.v = ((&moments.v * self.beta2)? + (g.sqr()? * (1.0 - self.beta2))?)?;
-        let m = (&moments.m * self.correction1)?;
-        let v = (&moments.v * self.correction2)?;
-        let step = m.div(&(v.sqrt()? + self.eps)?)?;
-        let w = parameter.var.as_detached_tensor();
-        let decayed = (&w * (1.0 - self.lr * self.weight_decay))?;
-        Ok(parameter.var.set(&(decayed - (step * self.lr)?)?)?)
-    }
-
     /// One threaded pass each over m, v and w, where they are.
     fn in_place(&self, parameter: &Parameter, gradient: &Tensor, moments: &Moments) -> Result<()> {
         let gradient = gradient.contiguous()?;
@@ -181,9 +203,17 @@ impl Update {
             add: (1.0 - self.beta2) as f32,
             gradient: self.gradient as f32,
         };
-        moments.m.inplace_op2(&gradient, &mean)?;
-        moments.v.inplace_op2(&gradient, &square)?;
-        Ok(parameter.var.inplace_op3(&moments.m, &moments.v, self)?)
+        let (m, v) = (&moments.m.values, &moments.v.values);
+        m.inplace_op2(&gradient, &mean)?;
+        v.inplace_op2(&gradient, &square)?;
+        let weights = UpdateWeights {
+            update: *self,
+            decay: match parameter.decay {
+                true => self.weight_decay,
+                false => 0.0,
+            },
+        };
+        Ok(parameter.var.inplace_op3(m, v, &weights)?)
     }
 }
 
@@ -231,8 +261,9 @@ vectorized! {
 }
 
 vectorized! {
-    fn update_weights(w: &mut [f32], m: &[f32], v: &[f32], update: Update) {
-        let keep = (1.0 - update.lr * update.weight_decay) as f32;
+    fn update_weights(w: &mut [f32], m: &[f32], v: &[f32], weights: UpdateWeights) {
+        let UpdateWeights { update, decay } = weights;
+        let keep = (1.0 - update.lr * decay) as f32;
         let (lr, eps) = (update.lr as f32, update.eps as f32);
         let correction1 = update.correction1 as f32;
         let correction2 = update.correction2 as f32;
@@ -292,7 +323,14 @@ impl InplaceOp2 for MovingSquare {
     }
 }
 
-impl InplaceOp3 for Update {
+#[derive(Clone, Copy)]
+struct UpdateWeights {
+    update: Update,
+    /// Weight decay of this weight.
+    decay: f64,
+}
+
+impl InplaceOp3 for UpdateWeights {
     fn name(&self) -> &'static str {
         "adamw_w"
     }
@@ -323,8 +361,7 @@ mod tests {
 
     /// Two steps of AdamW on two numbers in f64, as the paper writes it.
     #[test]
-    fn both_forms_follow_the_paper() {
-        let config = Optimizer::default();
+    fn updates_follow_the_paper() {
         let gradients = [[0.5f64, -2.0], [-0.25, 1.0]];
         let scale = UpdateScale {
             gradient: 0.5,
@@ -333,25 +370,20 @@ mod tests {
         };
         let (mut w, mut m, mut v) = ([1.0f64, -3.0], [0f64; 2], [0f64; 2]);
         let start = Tensor::new(&[1f32, -3.0], &Device::Cpu).unwrap();
-        let pair: Vec<(Parameter, Moments)> = (0..2)
-            .map(|_| {
-                let parameter = Parameter {
-                    name: "w".into(),
-                    var: Var::from_tensor(&start).unwrap(),
-                    decay: true,
-                };
-                let zeros = || start.zeros_like().unwrap();
-                (
-                    parameter,
-                    Moments {
-                        m: zeros(),
-                        v: zeros(),
-                    },
-                )
-            })
-            .collect();
-        let [(fused, fused_moments), (composed, mut composed_moments)] =
-            <[_; 2]>::try_from(pair).unwrap_or_else(|_| unreachable!());
+        let parameter = Parameter {
+            name: "w".into(),
+            var: Var::from_tensor(&start).unwrap(),
+            decay: true,
+        };
+        let zeros = || Moment {
+            values: start.zeros_like().unwrap(),
+            maxima: None,
+        };
+        let moments = Moments {
+            m: zeros(),
+            v: zeros(),
+        };
+        let optimizer = AdamW::with_moments(&Optimizer::default(), Vec::new());
         for (t, gradient) in gradients.iter().enumerate() {
             let t = t as u64 + 1;
             for i in 0..2 {
@@ -363,17 +395,12 @@ mod tests {
                 w[i] -= 0.01 * (m_hat / (v_hat.sqrt() + 1e-8) + 0.1 * w[i]);
             }
             let gradient = Tensor::new(&gradient.map(|g| g as f32), &Device::Cpu).unwrap();
-            let update = Update::new(&config, &fused, scale, t);
-            update.in_place(&fused, &gradient, &fused_moments).unwrap();
-            update
-                .composed(&composed, &gradient, &mut composed_moments)
-                .unwrap();
+            let update = optimizer.update_at(scale, t);
+            update.in_place(&parameter, &gradient, &moments).unwrap();
         }
-        for parameter in [&fused, &composed] {
-            let got = parameter.var.to_vec1::<f32>().unwrap();
-            for i in 0..2 {
-                assert!((got[i] as f64 - w[i]).abs() < 1e-6, "{got:?} against {w:?}");
-            }
+        let got = parameter.var.to_vec1::<f32>().unwrap();
+        for i in 0..2 {
+            assert!((got[i] as f64 - w[i]).abs() < 1e-6, "{got:?} against {w:?}");
         }
     }
 

@@ -184,14 +184,14 @@ enum Start {
 }
 
 /// Refuses what the device cannot hold, before the operating system has to.
-fn check_memory(config: &Config, device: &Device) -> Result<()> {
+///
+/// # Errors
+/// `Usage` when the memory free is less than a run takes.
+pub fn check_memory(config: &Config, device: &Device) -> Result<()> {
     let (rows, seq_len) = (config.train.micro_batch, config.train.seq_len);
     let needed = match device.is_cpu() {
         true => MemoryEstimate::cpu_training(&config.model, rows, seq_len),
-        false => {
-            let accum = config.train.grad_accum;
-            MemoryEstimate::of_training(&config.model, rows, seq_len, accum).total()
-        }
+        false => MemoryEstimate::of_training(config).total(),
     };
     let Some(free) = device::free_memory(device).filter(|free| *free < needed) else {
         return Ok(());
@@ -399,13 +399,13 @@ impl Session<'_> {
         Ok(loss)
     }
 
-    fn sample(&mut self, trainer: &Trainer) -> Result<Option<String>> {
+    fn sample(&mut self, trainer: &mut Trainer) -> Result<Option<String>> {
         let Some(sampler) = &self.sampler else {
             return Ok(None);
         };
-        let text = sampler.text(trainer.model(), self.config.train.seed, || {
-            self.observer.should_stop()
-        })?;
+        let stop = || self.observer.should_stop();
+        let next_logits = |ids: &[u32]| trainer.next_logits(ids);
+        let text = sampler.text(next_logits, self.config.train.seed, stop)?;
         self.metrics.sample(trainer.step_count(), &text)?;
         Ok(Some(text))
     }

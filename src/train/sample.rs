@@ -3,11 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
 use tokenizers::Tokenizer;
 
 use crate::config::Eval;
-use crate::model::BitNetTransformer;
 use crate::{Error, Result};
 
 /// Continues a prompt.
@@ -48,27 +46,21 @@ impl Sampler {
     }
 
     /// The prompt and its continuation, or what there is of it once `stop` says so; the same text
-    /// from the same model and seed.
+    /// from the same logits and seed.
     pub fn text(
         &self,
-        model: &BitNetTransformer,
+        mut next_logits: impl FnMut(&[u32]) -> Result<Vec<f32>>,
         seed: u64,
         stop: impl Fn() -> bool,
     ) -> Result<String> {
         let mut ids = self.prompt.clone();
         let mut uniform = uniforms(seed);
         for _ in 0..self.config.sample_tokens {
-            let context = &ids[ids.len().saturating_sub(model.config().max_seq_len)..];
-            if context.is_empty() || stop() {
+            if ids.is_empty() || stop() {
                 break;
             }
-            let input = Tensor::new(context, model.device())?.unsqueeze(0)?;
-            let logits = model.logits(&input)?;
-            let last = logits
-                .squeeze(0)?
-                .get(context.len() - 1)?
-                .to_vec1::<f32>()?;
-            ids.push(draw(&last, self.config.sample_temperature, uniform()));
+            let logits = next_logits(&ids)?;
+            ids.push(draw(&logits, self.config.sample_temperature, uniform()));
         }
         let text = self.tokenizer.decode(&ids, true);
         text.map_err(|e| Error::format(&self.path, e))

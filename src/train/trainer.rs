@@ -4,14 +4,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 
-use super::checkpoint::{self, CheckpointDir, Progress, State};
-use super::optimizer::{AdamW, UpdateScale, grad_norm};
+use super::checkpoint::{CheckpointDir, Progress, State};
+use super::learner::Learner;
+use super::optimizer::UpdateScale;
 use super::schedule::LrSchedule;
 use super::stability::{Anomaly, Monitor, StabilityState};
 use crate::config::Config;
-use crate::data::{Batch, Loader, Mixture, TokenSet};
+use crate::data::{Loader, Mixture, TokenSet};
 use crate::model::BitNetTransformer;
 use crate::{Error, Result, device};
 
@@ -44,8 +45,7 @@ pub enum StepOutcome {
 pub struct Trainer {
     config: Config,
     device: Device,
-    model: BitNetTransformer,
-    optimizer: AdamW,
+    learner: Learner,
     schedule: LrSchedule,
     monitor: Monitor,
     loader: Loader,
@@ -67,9 +67,7 @@ impl Trainer {
     /// # Errors
     /// Token files that cannot be read, or do not fit the model or the sequence length.
     pub fn new(config: &Config, run_dir: &Path, device: &Device) -> Result<Self> {
-        let model = BitNetTransformer::new(&config.model, config.train.seed, device)?;
-        let optimizer = AdamW::new(&config.optimizer, model.parameters())?;
-        Self::assemble(config, run_dir, model, optimizer)
+        Self::assemble(config, run_dir, Learner::new(config, device)?)
     }
 
     /// Goes on from the checkpoint in `dir`, whose verified state is `state`, as `config` says.
@@ -83,19 +81,13 @@ impl Trainer {
         dir: &Path,
         state: State,
     ) -> Result<Self> {
-        let model = checkpoint::load_model(dir, config, device)?;
-        let optimizer = checkpoint::load_optimizer(dir, config, model.parameters())?;
-        let mut trainer = Self::assemble(config, run_dir, model, optimizer)?;
+        let learner = Learner::load(config, device, dir)?;
+        let mut trainer = Self::assemble(config, run_dir, learner)?;
         trainer.adopt(state.progress)?;
         Ok(trainer)
     }
 
-    fn assemble(
-        config: &Config,
-        run_dir: &Path,
-        model: BitNetTransformer,
-        optimizer: AdamW,
-    ) -> Result<Self> {
+    fn assemble(config: &Config, run_dir: &Path, learner: Learner) -> Result<Self> {
         let vocab_size = config.model.vocab_size as u32;
         let sets = config
             .data
@@ -138,7 +130,7 @@ impl Trainer {
                 .try_for_each(|batch| batch.map(drop))?;
         }
         let mixture = Mixture::new(sets, seq_len, vocab_size, config.train.seed)?;
-        let device = model.device().clone();
+        let device = learner.model().device().clone();
         let peak_flops = config
             .hardware
             .peak_tflops
@@ -151,8 +143,7 @@ impl Trainer {
             checkpoints: CheckpointDir::new(run_dir),
             config: config.clone(),
             device,
-            model,
-            optimizer,
+            learner,
             validation,
             peak_flops,
             step: 0,
@@ -189,7 +180,15 @@ impl Trainer {
     }
 
     pub fn model(&self) -> &BitNetTransformer {
-        &self.model
+        self.learner.model()
+    }
+
+    /// The logits after the last of `ids`, of which the newest that fit are read.
+    ///
+    /// # Errors
+    /// `Tensor` if the device refuses.
+    pub fn next_logits(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
+        self.learner.next_logits(ids)
     }
 
     /// Updates applied so far.
@@ -229,20 +228,23 @@ impl Trainer {
         }
         let window = allowed..allowed + samples;
 
-        let (loss, gradients) = self.forward_backward()?;
-        let norm = grad_norm(&gradients)?;
+        let accum = self.config.train.grad_accum;
+        for _ in 0..accum {
+            let batch = self.loader.next()?;
+            self.learner.accumulate(&batch, 1.0 / accum as f64)?;
+        }
+        let (loss, norm) = self.learner.loss_and_grad_norm()?;
         if let Err(anomaly) = self.monitor.observe(loss, norm) {
             return self.roll_back(anomaly, window);
         }
         let lr = self.schedule.lr(self.step) * self.monitor.lr_scale(self.step);
         let weight_decay = self.schedule.weight_decay(self.step);
         let scale = UpdateScale {
-            gradient: self.optimizer.clip_coefficient(norm),
+            gradient: self.learner.optimizer().clip_coefficient(norm),
             lr,
             weight_decay,
         };
-        self.optimizer
-            .step(self.model.parameters(), &gradients, scale, self.step + 1)?;
+        self.learner.update(scale, self.step + 1)?;
         self.step += 1;
         self.tokens += self.config.tokens_per_step();
         self.loss = Some(loss);
@@ -254,27 +256,6 @@ impl Trainer {
             grad_norm: norm,
             seconds: started.elapsed().as_secs_f64(),
         })
-    }
-
-    /// Mean loss over the micro-batches and the gradient of that mean, by parameter.
-    fn forward_backward(&mut self) -> Result<(f64, Vec<Tensor>)> {
-        let accum = self.config.train.grad_accum;
-        let mut loss = 0f64;
-        let mut gradients: Vec<Tensor> = Vec::new();
-        for _ in 0..accum {
-            let (ids, labels) = to_tensors(&self.loader.next()?, &self.device)?;
-            let scale = 1.0 / accum as f64;
-            let (micro_loss, micro) = self.model.loss_and_gradients(&ids, &labels, scale)?;
-            loss += micro_loss * scale;
-            if gradients.is_empty() {
-                gradients = micro;
-            } else {
-                for (sum, gradient) in gradients.iter_mut().zip(micro) {
-                    *sum = (&*sum + gradient)?;
-                }
-            }
-        }
-        Ok((loss, gradients))
     }
 
     /// Back to the last stable checkpoint, or to the initial weights when there is none yet.
@@ -303,9 +284,7 @@ impl Trainer {
                 state.progress.stability = recovered(state.progress.stability, step);
                 self.checkpoints.discard_after(step)?;
                 self.checkpoints.rewrite_state(&dir, &mut state)?;
-                self.model = checkpoint::load_model(&dir, &self.config, &self.device)?;
-                self.optimizer =
-                    checkpoint::load_optimizer(&dir, &self.config, self.model.parameters())?;
+                self.learner = Learner::load(&self.config, &self.device, &dir)?;
                 self.adopt(state.progress)?;
                 self.discard_later_checkpoints()?;
             }
@@ -318,9 +297,7 @@ impl Trainer {
             None => {
                 self.monitor.state = recovered(StabilityState::default(), 0);
                 self.checkpoints.discard_after(0)?;
-                let seed = self.config.train.seed;
-                self.model = BitNetTransformer::new(&self.config.model, seed, &self.device)?;
-                self.optimizer = AdamW::new(&self.config.optimizer, self.model.parameters())?;
+                self.learner = Learner::new(&self.config, &self.device)?;
                 self.step = 0;
                 self.tokens = 0;
                 self.loss = None;
@@ -360,8 +337,7 @@ impl Trainer {
                 return Ok(None);
             }
             let batch = batch?;
-            let (ids, labels) = to_tensors(&batch, &self.device)?;
-            sum += self.model.loss(&ids, &labels)? * batch.rows as f64;
+            sum += self.learner.evaluate(&batch)? * batch.rows as f64;
             rows += batch.rows;
         }
         let loss = sum / rows as f64;
@@ -398,7 +374,7 @@ impl Trainer {
         };
         let path = self
             .checkpoints
-            .save(progress, &self.config, &self.model, &self.optimizer)?;
+            .save(progress, &self.config, &self.learner)?;
         if is_best {
             self.checkpoints.point("best", &path)?;
         }
@@ -421,13 +397,4 @@ impl Trainer {
             .find(|(step, _)| self.monitor.is_stable(*step, self.step));
         Ok(stable.map(|(step, _)| *step))
     }
-}
-
-/// ids and labels (rows, seq_len) u32 on `device`.
-fn to_tensors(batch: &Batch, device: &Device) -> Result<(Tensor, Tensor)> {
-    let shape = (batch.rows, batch.seq_len);
-    Ok((
-        Tensor::from_slice(&batch.inputs, shape, device)?,
-        Tensor::from_slice(&batch.targets, shape, device)?,
-    ))
 }

@@ -7,7 +7,7 @@ use half::bf16;
 use super::problem::Problem;
 use super::{Measured, timing};
 use crate::Result;
-use crate::cuda::{CudaPackedTernary, TernaryMatmul};
+use crate::cuda::kernels::{CudaPackedTernary, TernaryMatmul};
 
 /// cuBLAS through candle on the codes in bf16, which holds each of them exactly; the result is
 /// rounded to bf16.

@@ -86,11 +86,12 @@ impl Report {
     }
 
     fn of_config(name: String, config: Config) -> Self {
-        let Config { model, train, .. } = config;
         let memory_of = |micro_batch| {
-            MemoryEstimate::of_training(&model, micro_batch, train.seq_len, train.grad_accum)
+            let mut config = config.clone();
+            config.train.micro_batch = micro_batch;
+            MemoryEstimate::of_training(&config)
         };
-        let memory = memory_of(train.micro_batch);
+        let memory = memory_of(config.train.micro_batch);
         let mut devices: Vec<(String, u64)> = list_gpus()
             .into_iter()
             .map(|gpu| (gpu.name, gpu.total_memory))
@@ -108,6 +109,8 @@ impl Report {
                 largest_micro_batch: largest(|micro_batch| fits(memory_of(micro_batch))),
             }
         });
+        let fits = fits.collect();
+        let Config { model, train, .. } = config;
         let parameters = model.parameter_count();
         let (layer, outside) = shapes(&model);
         Self {
@@ -126,7 +129,7 @@ impl Report {
                 memory,
                 memory_total: memory.total(),
             },
-            fits: fits.collect(),
+            fits,
             name,
             model,
         }
@@ -231,6 +234,7 @@ impl Display for Report {
         )?;
         for (part, bytes) in [
             ("weights", memory.weights),
+            ("quantized weights", memory.quantized),
             ("gradients", memory.gradients),
             ("optimizer", memory.optimizer),
             ("activations", memory.activations),

@@ -1,14 +1,17 @@
 //! Launcher of `kernels/ternary_matmul.cu`.
 
-use candle_core::cuda_backend::{CudaDevice, WrapErr, cudarc};
-use cudarc::driver::{CudaFunction, CudaSlice, CudaView, CudaViewMut, LaunchConfig, PushKernelArg};
+use candle_core::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut,
+};
 
+use super::{Kernel, Module, address, fatbin};
 use crate::quant::{PackedTernary, matmul};
 use crate::{Error, Result};
 
 /// Rows of `x`, and rows of `w`, that one thread block of the kernel multiplies.
 const TILE: usize = 128;
-const THREADS: u32 = 256;
+const THREADS: usize = 256;
 
 /// A [`PackedTernary`] in device memory.
 pub struct CudaPackedTernary {
@@ -35,7 +38,7 @@ impl CudaPackedTernary {
 /// int32 `y` of shape (M, N). The CPU's version is [`matmul::ternary_matmul`].
 pub struct TernaryMatmul {
     device: CudaDevice,
-    function: CudaFunction,
+    kernel: Kernel,
 }
 
 impl TernaryMatmul {
@@ -46,7 +49,7 @@ impl TernaryMatmul {
     pub fn load(device: &CudaDevice) -> Result<Self> {
         Ok(Self {
             device: device.clone(),
-            function: super::load(device, super::fatbin!("ternary_matmul"), "ternary_matmul")?,
+            kernel: Module::load(device, fatbin!("ternary_matmul"))?.kernel("ternary_matmul", 0)?,
         })
     }
 
@@ -78,19 +81,15 @@ impl TernaryMatmul {
                 65535 * TILE
             )));
         }
-        let config = LaunchConfig {
-            grid_dim: (m.div_ceil(TILE) as u32, n.div_ceil(TILE) as u32, 1),
-            block_dim: (THREADS, 1, 1),
-            shared_mem_bytes: 0,
-        };
-        let (m, n, k) = (m as i32, n as i32, k as i32);
+        let grid = [m.div_ceil(TILE), n.div_ceil(TILE), 1];
         let stream = self.device.cuda_stream();
-        let mut launch = stream.launch_builder(&self.function);
-        launch.arg(x).arg(&w.words).arg(y).arg(&m).arg(&n).arg(&k);
+        let (x, _x) = x.device_ptr(&stream);
+        let (y, _y) = y.device_ptr_mut(&stream);
+        let words = address(&w.words);
+        let (m, n, k) = (m as i32, n as i32, k as i32);
         // SAFETY: the arguments are those of the kernel's signature, in order; it reads m * k
         // values of x and n * ceil(k / 16) words and writes m * n values of y, which is what the
         // checks above (and `PackedTernary`) say the buffers hold.
-        unsafe { launch.launch(config) }.w()?;
-        Ok(())
+        unsafe { self.kernel.launch(grid, THREADS, &[&x, &words, &y, &m, &n, &k]) }
     }
 }

@@ -1,0 +1,149 @@
+// Rows of features, each walked by a block or by one warp of it: staged loads, sums and maxima, int8 codes.
+#pragma once
+
+#include "common.cuh"
+
+namespace {
+
+constexpr float kAbsmaxFloor = 1e-5f;
+constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: |v| < 2^22 added to it is rounded half to even, into the low bits
+
+// The part of a row that a thread works on: vectors (eight features) thread, thread + threads, ..., kVectors at most.
+// Vectors past the end of the row are read as zeros and not written. A row belongs to a block (kBlock), or to one warp.
+// A row of kInputs arrays comes through dynamic shared memory, kInputs * kVectors * 16 bytes a thread. What a thread
+// copies is read by that thread alone, so that its own wait suffices, and once it is in registers the copy of the next
+// row may start.
+template <int kVectors, bool kBlock, int kInputs>
+struct Rows {
+    int vectors;     // of a row
+    int parity = 0;  // the reduction scratch in use
+
+    __device__ explicit Rows(int features) : vectors(features / 8) {}
+
+    __device__ static int thread() { return kBlock ? threadIdx.x : threadIdx.x % kWarp; }
+    __device__ static int threads() { return kBlock ? blockDim.x : kWarp; }
+    __device__ static int rows_per_block() { return kBlock ? 1 : blockDim.x / kWarp; }
+    __device__ static int row_in_block() { return kBlock ? 0 : threadIdx.x / kWarp; }
+    __device__ static int first() { return blockIdx.x * rows_per_block() + row_in_block(); }
+    __device__ static int step() { return gridDim.x * rows_per_block(); }
+
+    __device__ int vector(int i) const { return thread() + i * threads(); }
+    __device__ bool inside(int i) const { return vector(i) < vectors; }
+
+    __device__ static Bf16x8* staged(int input, int i) {
+        extern __shared__ __align__(16) unsigned char shared[];
+        return reinterpret_cast<Bf16x8*>(shared) + (input * kVectors + i) * blockDim.x + threadIdx.x;
+    }
+
+    // Starts the copy of a row of array `input`.
+    __device__ void fetch(int input, const bf16* row) const {
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i)
+            copy_async16(shared_address(staged(input, i)), row + 8 * vector(i), inside(i));
+    }
+
+    // Eight f32 values, by the L1 cache; volatile, so that they are not kept in registers over the loop.
+    __device__ void load_weight(const float* weight, int i, float (&w)[8]) const {
+        const float* p = weight + 8 * min(vector(i), vectors - 1);
+        asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(w[0]), "=f"(w[1]), "=f"(w[2]), "=f"(w[3]) : "l"(p));
+        asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(w[4]), "=f"(w[5]), "=f"(w[6]), "=f"(w[7])
+                     : "l"(p + 4));
+    }
+
+    // Sum and maximum over the row, in a fixed order. `max` is >= 0 or NaN, as unsigned bits NaN is the largest. The two
+    // scratches alternate, so that one barrier suffices.
+    __device__ void reduce(float& sum, float& max) {
+        uint32_t bits = __reduce_max_sync(0xffffffffu, __float_as_uint(max));
+        sum = warp_sum(sum);
+        if constexpr (kBlock) {
+            __shared__ float sums[2][kWarp];
+            __shared__ uint32_t maxima[2][kWarp];
+            const int lane = threadIdx.x % kWarp;
+            if (lane == 0) sums[parity][threadIdx.x / kWarp] = sum, maxima[parity][threadIdx.x / kWarp] = bits;
+            __syncthreads();
+            const bool used = lane < blockDim.x / kWarp;
+            bits = __reduce_max_sync(0xffffffffu, used ? maxima[parity][lane] : 0u);
+            sum = warp_sum(used ? sums[parity][lane] : 0.f);
+            parity ^= 1;
+        }
+        max = __uint_as_float(bits);
+    }
+
+    __device__ float reduce_sum(float sum) {
+        sum = warp_sum(sum);
+        if constexpr (kBlock) {
+            __shared__ float sums[2][kWarp];
+            const int lane = threadIdx.x % kWarp;
+            if (lane == 0) sums[parity][threadIdx.x / kWarp] = sum;
+            __syncthreads();
+            sum = warp_sum(lane < blockDim.x / kWarp ? sums[parity][lane] : 0.f);
+            parity ^= 1;
+        }
+        return sum;
+    }
+
+    // The block's column sums to `out` (features,). Where warps have rows of their own, their sums are added in order.
+    __device__ void store_sums(const float (&sums)[kVectors][8], float* out) const {
+        if constexpr (!kBlock) {
+            extern __shared__ __align__(16) unsigned char shared[];
+            float* columns = reinterpret_cast<float*>(shared);
+            for (int warp = 0; warp < rows_per_block(); ++warp) {
+                __syncthreads();
+                if (warp != row_in_block()) continue;
+#pragma unroll
+                for (int i = 0; i < kVectors; ++i)
+                    if (inside(i))
+#pragma unroll
+                        for (int j = 0; j < 8; ++j) {
+                            float* column = columns + 8 * vector(i) + j;
+                            *column = warp == 0 ? sums[i][j] : *column + sums[i][j];
+                        }
+            }
+            __syncthreads();
+            for (int k = threadIdx.x; k < 8 * vectors; k += blockDim.x) out[k] = columns[k];
+        } else {
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i)
+                if (inside(i)) {
+                    float4* p = reinterpret_cast<float4*>(out + 8 * vector(i));
+                    p[0] = make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+                    p[1] = make_float4(sums[i][4], sums[i][5], sums[i][6], sums[i][7]);
+                }
+        }
+    }
+};
+
+// Keeps `v` packed from here on: the compiler may not carry values unpacked before over to later uses, in twice the registers.
+__device__ __forceinline__ void stay_packed(Bf16x8& v) {
+    uint4& word = reinterpret_cast<uint4&>(v);
+    asm volatile("" : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w));
+}
+
+// The larger of `max` and |x|, NaN if either is (fmaxf would drop it).
+__device__ __forceinline__ float max_abs(float max, float x) {
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(max), "f"(fabsf(x)));
+    return max;
+}
+
+// Dequantisation factor of a row: max(absmax, 1e-5) / 127, NaN if absmax is.
+__device__ __forceinline__ float code_scale(float absmax) {
+    return (absmax < kAbsmaxFloor ? kAbsmaxFloor : absmax) / 127.f;
+}
+
+// The int8 code of n = product * rstd, where factor = rstd / scale, in the low byte of the result's bits, and
+// as the result less kRounder. |n / scale| < 127.5, so there is nothing to clamp.
+__device__ __forceinline__ float rounded_code(float product, float factor) {
+    return __fmaf_rn(product, factor, kRounder);
+}
+
+// The low bytes of eight words.
+__device__ __forceinline__ uint2 pack_codes(const float (&rounded)[8]) {
+    uint32_t pair[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        pair[i] = __byte_perm(__float_as_uint(rounded[2 * i]), __float_as_uint(rounded[2 * i + 1]), 0x0040);
+    return make_uint2(__byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[2], pair[3], 0x5410));
+}
+
+}  // namespace

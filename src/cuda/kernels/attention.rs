@@ -1,0 +1,366 @@
+//! Launchers of `kernels/attention_*.cu`: causal grouped-query attention over qkv (batch, seq,
+//! (heads + 2 kv_heads) head_dim), queries and keys rotated. Both versions exist for heads of up to
+//! 64 features and of up to 128.
+
+use candle_core::CudaDevice;
+use half::bf16;
+
+use super::tensor_map::{Element, TensorMap};
+use super::{Kernel, Module, fatbin};
+use crate::Result;
+use crate::cuda::DevicePtr;
+use crate::cuda::network::Batch;
+use crate::model::BitNetConfig;
+
+/// Largest head dimension there is an instance for; it must also be a multiple of 4.
+pub const MAX_HEAD_DIM: usize = 128;
+
+/// Heads of a model.
+#[derive(Clone, Copy, Debug)]
+struct Heads {
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+pub struct Attention {
+    heads: Heads,
+    version: Version,
+}
+
+enum Version {
+    Portable(Portable),
+    Hopper(Hopper),
+}
+
+/// What the backward pass reads and writes.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionGradient {
+    pub qkv: DevicePtr<bf16>,
+    /// The forward pass's output and log_sum_exp, and the gradient by the output.
+    pub out: DevicePtr<bf16>,
+    pub log_sum_exp: DevicePtr<f32>,
+    pub dout: DevicePtr<bf16>,
+    /// The gradient by qkv.
+    pub dqkv: DevicePtr<bf16>,
+    /// Scratch of [`crate::cuda::Sizes::attention_statistics`] values.
+    pub statistics: DevicePtr<f32>,
+}
+
+impl Attention {
+    /// # Errors
+    /// `Tensor` if the driver refuses the kernels.
+    pub fn load(device: &CudaDevice, config: &BitNetConfig, hopper: bool) -> Result<Self> {
+        let heads = Heads {
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim(),
+        };
+        // The bulk copies start at multiples of 16 bytes.
+        let version = match hopper && heads.head_dim.is_multiple_of(8) {
+            true => Version::Hopper(Hopper::load(device, heads)?),
+            false => Version::Portable(Portable::load(device, heads)?),
+        };
+        Ok(Self { heads, version })
+    }
+
+    /// out (batch, seq, heads * head_dim), log_sum_exp (batch, heads, seq).
+    ///
+    /// # Safety
+    /// The addresses must hold what the shapes say.
+    ///
+    /// # Errors
+    /// `Tensor` if the driver refuses the launch.
+    pub unsafe fn forward(
+        &self,
+        qkv: DevicePtr<bf16>,
+        out: DevicePtr<bf16>,
+        log_sum_exp: DevicePtr<f32>,
+        batch: Batch,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match &self.version {
+                Version::Portable(kernels) => {
+                    kernels.forward(self.heads, qkv, out, log_sum_exp, batch)
+                }
+                Version::Hopper(kernels) => {
+                    kernels.forward(self.heads, qkv, out, log_sum_exp, batch)
+                }
+            }
+        }
+    }
+
+    /// Every value of `dqkv`.
+    ///
+    /// # Safety
+    /// The addresses must hold what the shapes say.
+    ///
+    /// # Errors
+    /// `Tensor` if the driver refuses a launch.
+    pub unsafe fn backward(&self, of: &AttentionGradient, batch: Batch) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match &self.version {
+                Version::Portable(kernels) => kernels.backward(self.heads, of, batch),
+                Version::Hopper(kernels) => kernels.backward(self.heads, of, batch),
+            }
+        }
+    }
+}
+
+impl Heads {
+    /// batch, seq, heads, kv_heads, head_dim.
+    fn sizes(&self, batch: Batch) -> [i32; 5] {
+        [
+            batch.rows,
+            batch.seq,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+        ]
+        .map(|size| size as i32)
+    }
+
+    fn features(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    fn qkv_features(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    fn is_narrow(&self) -> bool {
+        self.head_dim <= 64
+    }
+}
+
+/// mma.sync: any chip.
+struct Portable {
+    forward: Kernel,
+    delta: Kernel,
+    keys: Kernel,
+    queries: Kernel,
+    /// Queries that a block of `forward` or `queries` handles.
+    block_queries: usize,
+}
+
+impl Portable {
+    const THREADS: usize = 128;
+    const BLOCK_KEYS: usize = 64;
+
+    fn load(device: &CudaDevice, heads: Heads) -> Result<Self> {
+        let forward = Module::load(device, fatbin!("attention_forward"))?;
+        let backward = Module::load(device, fatbin!("attention_backward"))?;
+        let (width, block_queries, keys_bytes) = match heads.is_narrow() {
+            true => (64, 128, 50176),
+            false => (128, 64, 49664),
+        };
+        let name = |name| format!("attention_{name}_{width}");
+        Ok(Self {
+            forward: forward.kernel(&name("forward"), 32768)?,
+            delta: backward.kernel("attention_delta", 0)?,
+            keys: backward.kernel(&name("backward_kv"), keys_bytes)?,
+            queries: backward.kernel(&name("backward_q"), 32768)?,
+            block_queries,
+        })
+    }
+
+    unsafe fn forward(
+        &self,
+        model: Heads,
+        qkv: DevicePtr<bf16>,
+        out: DevicePtr<bf16>,
+        log_sum_exp: DevicePtr<f32>,
+        batch: Batch,
+    ) -> Result<()> {
+        let [rows, seq, heads, kv_heads, head_dim] = &model.sizes(batch);
+        let blocks = batch.seq.div_ceil(self.block_queries);
+        // SAFETY: the arguments are those of the kernel.
+        unsafe {
+            self.forward.launch(
+                [model.heads, batch.rows, blocks],
+                Self::THREADS,
+                &[
+                    &qkv,
+                    &out,
+                    &log_sum_exp,
+                    rows,
+                    seq,
+                    heads,
+                    kv_heads,
+                    head_dim,
+                ],
+            )
+        }
+    }
+
+    unsafe fn backward(&self, model: Heads, of: &AttentionGradient, batch: Batch) -> Result<()> {
+        const DELTA_TOKENS: usize = 32;
+        const DELTA_THREADS: usize = 256;
+        let [rows, seq, heads, kv_heads, head_dim] = &model.sizes(batch);
+        let delta = of.statistics;
+        let key_blocks = batch.seq.div_ceil(Self::BLOCK_KEYS);
+        let query_blocks = batch.seq.div_ceil(self.block_queries);
+        // SAFETY: the arguments are those of the kernels; each writes its own part of dqkv.
+        unsafe {
+            self.delta.launch(
+                [batch.seq.div_ceil(DELTA_TOKENS), batch.rows, 1],
+                DELTA_THREADS,
+                &[&of.out, &of.dout, &delta, seq, heads, head_dim],
+            )?;
+            for (kernel, first, blocks) in [
+                (&self.keys, model.kv_heads, key_blocks),
+                (&self.queries, model.heads, query_blocks),
+            ] {
+                kernel.launch(
+                    [first, batch.rows, blocks],
+                    Self::THREADS,
+                    &[
+                        &of.qkv,
+                        &of.dout,
+                        &of.log_sum_exp,
+                        &delta,
+                        &of.dqkv,
+                        rows,
+                        seq,
+                        heads,
+                        kv_heads,
+                        head_dim,
+                    ],
+                )?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// wgmma and TMA.
+struct Hopper {
+    forward: Kernel,
+    statistics: Kernel,
+    keys: Kernel,
+    queries: Kernel,
+    processors: usize,
+    /// Of `forward` and `queries`.
+    threads: usize,
+}
+
+impl Hopper {
+    /// Tokens that a block of `statistics` or `keys` handles.
+    const BLOCK_TOKENS: usize = 128;
+
+    fn load(device: &CudaDevice, heads: Heads) -> Result<Self> {
+        let forward = Module::load(device, fatbin!("attention_forward_hopper"))?;
+        let backward = Module::load(device, fatbin!("attention_backward_hopper"))?;
+        let (width, threads, bytes) = match heads.is_narrow() {
+            true => (64, 512, [180_368, 150_632, 172_240]),
+            false => (128, 384, [196_688, 198_200, 196_720]),
+        };
+        let name = |name| format!("attention_{name}_hopper_{width}");
+        let forward = forward.kernel(&name("forward"), bytes[0])?;
+        Ok(Self {
+            statistics: backward.kernel("attention_statistics_hopper", 0)?,
+            keys: backward.kernel(&name("key_gradients"), bytes[1])?,
+            queries: backward.kernel(&name("query_gradients"), bytes[2])?,
+            processors: forward.processors()?,
+            forward,
+            threads,
+        })
+    }
+
+    /// Rows of `features` values for each token.
+    fn map(values: DevicePtr<bf16>, features: usize, batch: Batch) -> Result<TensorMap> {
+        let bytes = features * size_of::<bf16>();
+        TensorMap::new(
+            Element::Bf16,
+            values.address(),
+            [features, batch.seq, batch.rows],
+            &[bytes, bytes * batch.seq],
+            [64, 64, 1],
+        )
+    }
+
+    unsafe fn forward(
+        &self,
+        model: Heads,
+        qkv: DevicePtr<bf16>,
+        out: DevicePtr<bf16>,
+        log_sum_exp: DevicePtr<f32>,
+        batch: Batch,
+    ) -> Result<()> {
+        let [rows, seq, heads, kv_heads, head_dim] = &model.sizes(batch);
+        let qkv = Self::map(qkv, model.qkv_features(), batch)?;
+        // SAFETY: the arguments are those of the kernel.
+        unsafe {
+            self.forward.launch(
+                [self.processors, 1, 1],
+                self.threads,
+                &[
+                    &qkv,
+                    &out,
+                    &log_sum_exp,
+                    rows,
+                    seq,
+                    heads,
+                    kv_heads,
+                    head_dim,
+                ],
+            )
+        }
+    }
+
+    unsafe fn backward(&self, model: Heads, of: &AttentionGradient, batch: Batch) -> Result<()> {
+        const STATISTICS_THREADS: usize = 256;
+        const KEY_THREADS: usize = 384;
+        let [rows, seq, heads, kv_heads, head_dim] = &model.sizes(batch);
+        let qkv = Self::map(of.qkv, model.qkv_features(), batch)?;
+        let dout = Self::map(of.dout, model.features(), batch)?;
+        let blocks = batch.seq.div_ceil(Self::BLOCK_TOKENS);
+        // SAFETY: the arguments are those of the kernels; each writes its own part of dqkv.
+        unsafe {
+            self.statistics.launch(
+                [blocks, model.heads, batch.rows],
+                STATISTICS_THREADS,
+                &[
+                    &of.out,
+                    &of.dout,
+                    &of.log_sum_exp,
+                    &of.statistics,
+                    seq,
+                    heads,
+                    head_dim,
+                ],
+            )?;
+            self.keys.launch(
+                [blocks, model.kv_heads, batch.rows],
+                KEY_THREADS,
+                &[
+                    &qkv,
+                    &dout,
+                    &of.statistics,
+                    &of.dqkv,
+                    seq,
+                    heads,
+                    kv_heads,
+                    head_dim,
+                ],
+            )?;
+            self.queries.launch(
+                [self.processors, 1, 1],
+                self.threads,
+                &[
+                    &qkv,
+                    &dout,
+                    &of.statistics,
+                    &of.dqkv,
+                    rows,
+                    seq,
+                    heads,
+                    kv_heads,
+                    head_dim,
+                ],
+            )
+        }
+    }
+}
