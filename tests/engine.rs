@@ -40,7 +40,9 @@ fn batch(config: &Config, seed: u64) -> Batch {
         let count = config.train.micro_batch * config.train.seq_len;
         (0..count)
             .map(|_| {
-                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                state = state
+                    .wrapping_mul(6364136223846793005)
+                    .wrapping_add(1442695040888963407);
                 // Half of the tokens are one of four.
                 let id = (state >> 33) as u32;
                 match id & 1 {
@@ -66,7 +68,9 @@ struct Gpu {
 }
 
 fn engine(config: &Config, device: &Device) -> Gpu {
-    let Device::Cuda(cuda) = device else { unreachable!() };
+    let Device::Cuda(cuda) = device else {
+        unreachable!()
+    };
     let parameters = Parameters::init(&config.model, 7, device).unwrap();
     let optimizer = AdamW::new(config, &parameters).unwrap();
     let engine = Engine::new(config, cuda, &parameters, optimizer.moments()).unwrap();
@@ -121,8 +125,17 @@ fn gradients_are_those_of_the_cpu() {
             assert!((loss / want_loss - 1.0).abs() < 1e-3);
             for ((p, got), want) in parameters.iter().zip(&got).zip(&want) {
                 let difference = difference(got, want);
-                println!("  {:<50} {difference:.4} {:.3e} {:.3e}", p.name, norm(got), norm(want));
-                worst = worst.max(if difference.is_nan() { f64::INFINITY } else { difference });
+                println!(
+                    "  {:<50} {difference:.4} {:.3e} {:.3e}",
+                    p.name,
+                    norm(got),
+                    norm(want)
+                );
+                worst = worst.max(if difference.is_nan() {
+                    f64::INFINITY
+                } else {
+                    difference
+                });
             }
         }
     }
@@ -149,7 +162,9 @@ fn recomputation_changes_no_bit() {
                 lr: 1e-3,
                 weight_decay: 0.1,
             };
-            gpu.engine.update(&gpu.optimizer.update_at(scale, t), t).unwrap();
+            gpu.engine
+                .update(&gpu.optimizer.update_at(scale, t), t)
+                .unwrap();
         }
         losses.push((gpu.engine.evaluate(&batch(&config, 1)).unwrap(), 0.0));
         let weights: Vec<Vec<f32>> = gpu
@@ -195,7 +210,9 @@ fn steps_follow_those_of_the_cpu() {
             gpu.engine.accumulate(&data, 1.0).unwrap();
             let got = gpu.engine.gradients().unwrap();
             gpu.engine.loss_and_grad_norm().unwrap();
-            gpu.engine.update(&gpu.optimizer.update_at(scale, t), t).unwrap();
+            gpu.engine
+                .update(&gpu.optimizer.update_at(scale, t), t)
+                .unwrap();
             optimizer.step(&parameters, &got, scale, t).unwrap();
         }
         for ((on_gpu, p), start) in gpu.parameters.iter().zip(parameters.iter()).zip(&start) {

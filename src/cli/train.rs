@@ -10,6 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::{console, format, tokenize};
 use crate::config::Config;
 use crate::data::prepare::prepare;
+use crate::model::MemoryEstimate;
 use crate::train::{Observer, Resume, RunOptions, StepRecord, Summary, Trainer};
 use crate::{Error, Result, device, train};
 
@@ -174,6 +175,11 @@ impl Observer for Console {
             config.train.steps,
             config.tokens_per_step(),
         ));
+        if !device.is_cpu() {
+            let memory = MemoryEstimate::of_training(config);
+            let total = format::bytes(memory.total());
+            console::line(&format!("memory  {total}: {memory}"));
+        }
         let style = ProgressStyle::with_template("{wide_bar} {pos}/{len}  {msg}");
         self.start = trainer.step_count();
         let bar = ProgressBar::new(end).with_position(self.start);

@@ -37,7 +37,7 @@ impl<T> DevicePtr<T> {
     }
 
     /// The address `count` values further.
-    pub fn add(self, count: usize) -> Self {
+    pub fn offset(self, count: usize) -> Self {
         Self::new(self.address + (count * size_of::<T>()) as u64)
     }
 }

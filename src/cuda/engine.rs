@@ -86,7 +86,7 @@ impl Engine {
         let (codes, scales, lm_head, _) = lay_out(Arena::at(address(&quantized)));
 
         let places = parameters.by_place(&config.model)?;
-        let weights = map(&places, |weight| pointer::<f32>(weight))?;
+        let weights = map(&places, pointer::<f32>)?;
         let by_address: HashMap<u64, Gradient> = parameters
             .iter()
             .zip(&gradient_places)
@@ -270,8 +270,7 @@ fn check_shape(model: &BitNetConfig) -> Result<()> {
         return Err(Error::usage(format!(
             "model.heads is {}: on a GPU hidden_size / heads ({head_dim}) must be a multiple of 4, \
              at most {}; change it, or use --device cpu",
-            model.heads,
-            MAX_HEAD_DIM
+            model.heads, MAX_HEAD_DIM
         )));
     }
     Ok(())
@@ -359,8 +358,8 @@ fn layer_projections(
             k,
             ends: [end(1), end(2)],
         };
-        codes = codes.add(n * k);
-        scales = scales.add(rows.len());
+        codes = codes.offset(n * k);
+        scales = scales.offset(rows.len());
         projection
     };
     let layer = |_| LayerProjections {
@@ -406,5 +405,10 @@ fn optimizer_tensors(
             keep_gradient: !added_to,
         })
     };
-    parameters.iter().zip(moments).zip(gradients).map(row).collect()
+    parameters
+        .iter()
+        .zip(moments)
+        .zip(gradients)
+        .map(row)
+        .collect()
 }

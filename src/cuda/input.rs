@@ -82,7 +82,10 @@ impl Input {
             groups.split,
             groups.counts,
         ];
-        parts.into_iter().map(|words| words.next_multiple_of(4)).sum()
+        parts
+            .into_iter()
+            .map(|words| words.next_multiple_of(4))
+            .sum()
     }
 
     /// Starts copying a batch, and lets the compute stream wait for it.
@@ -102,7 +105,7 @@ impl Input {
             let begin = at;
             host[begin..][..words.len()].copy_from_slice(words);
             at = (begin + words.len()).next_multiple_of(4);
-            DevicePtr::<u32>::new(start).add(begin)
+            DevicePtr::<u32>::new(start).offset(begin)
         };
         let batch = DeviceBatch {
             ids: place(ids),

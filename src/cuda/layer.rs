@@ -45,13 +45,7 @@ impl Network {
         let [input, sub, _] = self.norms(index);
         let saved = &self.workspace.layers[index];
         let projections = &self.model.projections[index];
-        self.normed_bit_linear(
-            &input,
-            &projections.qkv,
-            DevicePtr::NULL,
-            saved.qkv,
-            batch,
-        )?;
+        self.normed_bit_linear(&input, &projections.qkv, DevicePtr::NULL, saved.qkv, batch)?;
         // SAFETY: buffers are those of the workspace, made for these shapes.
         unsafe {
             self.rope.rotate(saved.qkv, batch, false)?;

@@ -271,7 +271,7 @@ impl Network {
         for first in (0..tokens).step_by(self.sizes.logit_rows()) {
             let rows = (tokens - first).min(self.sizes.logit_rows());
             self.logits(first, rows)?;
-            let (labels, losses) = (input.labels.add(first), ws.losses.add(first));
+            let (labels, losses) = (input.labels.offset(first), ws.losses.offset(first));
             let logits = Logits {
                 values: ws.logits,
                 rows,
@@ -285,7 +285,7 @@ impl Network {
             };
             let gradients = &self.model.gradients;
             let gradient = gradients.lm_head.unwrap_or(gradients.embed_tokens);
-            let chunk = ws.last_hidden.add(first * hidden);
+            let chunk = ws.last_hidden.offset(first * hidden);
             let add = !self.first || first > 0;
             // SAFETY: logits are (rows, stride), hidden activations (rows, hidden), the head and
             // its gradient (vocab, hidden).
@@ -317,7 +317,7 @@ impl Network {
     fn logits(&self, first: usize, rows: usize) -> Result<()> {
         let ws = &self.workspace;
         let (hidden, vocab) = (self.sizes.hidden, self.sizes.vocab);
-        let chunk = ws.last_hidden.add(first * hidden);
+        let chunk = ws.last_hidden.offset(first * hidden);
         // SAFETY: hidden activations are (rows, hidden), the head (vocab, hidden), and the logits
         // hold `logit_rows` rows.
         unsafe {

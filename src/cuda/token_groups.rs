@@ -65,7 +65,11 @@ impl TokenGroups<Vec<u32>> {
                 let partial = if parts > 1 { partial_rows } else { NO_PARTIAL };
                 partial_rows += u32::from(parts > 1);
                 let count = (end - first).min(PIECE) as u32;
-                let from = if count == 1 { order[first] } else { first as u32 };
+                let from = if count == 1 {
+                    order[first]
+                } else {
+                    first as u32
+                };
                 pieces.push([from, count, id, partial]);
             }
         }
@@ -90,7 +94,13 @@ mod tests {
     fn every_token_is_summed_once_under_its_id() {
         let (vocab, tokens) = (7, 1000);
         let ids: Vec<u32> = (0..tokens)
-            .map(|i| if i == 500 { 5 } else { [0, 3, 3, 3, 6, (i % 4) as u32][i % 6] })
+            .map(|i| {
+                if i == 500 {
+                    5
+                } else {
+                    [0, 3, 3, 3, 6, (i % 4) as u32][i % 6]
+                }
+            })
             .collect();
         let values: Vec<u64> = (0..tokens as u64).map(|i| i * i + 1).collect();
         let mut want = vec![0u64; vocab];

@@ -1,5 +1,7 @@
 //! How many bytes a model takes, stored and in training, from the shape alone.
 
+use std::fmt::{self, Display, Formatter};
+
 use serde::Serialize;
 
 use super::BitNetConfig;
@@ -93,5 +95,20 @@ impl MemoryEstimate {
             .saturating_add(self.gradients)
             .saturating_add(self.optimizer)
             .saturating_add(self.activations)
+    }
+}
+
+impl Display for MemoryEstimate {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        write!(
+            f,
+            "weights {:.1}, quantized {:.1}, gradients {:.1}, optimizer {:.1}, activations {:.1} GiB",
+            gib(self.weights),
+            gib(self.quantized),
+            gib(self.gradients),
+            gib(self.optimizer),
+            gib(self.activations)
+        )
     }
 }

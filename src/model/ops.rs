@@ -1,5 +1,5 @@
 //! The operations a layer is made of, spelt in candle primitives: any device, gradients by candle.
-//! A GPU trains with them; on the CPU they are the oracle of the faster passes.
+//! The oracle of the faster passes on the CPU (`super::cpu`) and on a GPU (`crate::cuda`).
 
 use candle_core::{D, Device, Result, Tensor};
 use candle_nn::ops::softmax;

@@ -74,12 +74,7 @@ impl CheckpointDir {
     ///
     /// # Errors
     /// What the operating system refused (a full disk, say); earlier checkpoints are untouched.
-    pub fn save(
-        &self,
-        progress: Progress,
-        config: &Config,
-        learner: &Learner,
-    ) -> Result<PathBuf> {
+    pub fn save(&self, progress: Progress, config: &Config, learner: &Learner) -> Result<PathBuf> {
         fs::create_dir_all(&self.root).at("create", &self.root)?;
         let name = format!("step_{:07}", progress.step);
         let temporary = self.root.join(format!(".{name}.partial"));
@@ -347,12 +342,7 @@ impl State {
     }
 }
 
-fn write_files(
-    dir: &Path,
-    progress: Progress,
-    config: &Config,
-    learner: &Learner,
-) -> Result<()> {
+fn write_files(dir: &Path, progress: Progress, config: &Config, learner: &Learner) -> Result<()> {
     let parameters = learner.model().parameters();
     let weights = parameters
         .iter()
@@ -362,7 +352,10 @@ fn write_files(
         [("m", &both.m), ("v", &both.v)]
             .into_iter()
             .flat_map(move |(kind, moment)| {
-                let tensors = [(false, Some(&moment.values)), (true, moment.maxima.as_ref())];
+                let tensors = [
+                    (false, Some(&moment.values)),
+                    (true, moment.maxima.as_ref()),
+                ];
                 (tensors.into_iter())
                     .filter_map(|(is_maxima, tensor)| Some((is_maxima, tensor?.clone())))
                     .map(move |(is_maxima, tensor)| (moment_name(kind, is_maxima, p), tensor))

@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod gpu_stats;
 mod learner;
+mod memory;
 mod metrics;
 mod optimizer;
 mod run;
@@ -12,9 +13,10 @@ mod stability;
 pub mod tensorboard;
 mod trainer;
 
-pub use metrics::StepRecord;
 pub use learner::Learner;
+pub use memory::check_memory;
+pub use metrics::StepRecord;
 pub use optimizer::{AdamW, Moment, Moments, STATE_BLOCK, Update, UpdateScale};
-pub use run::{Observer, Resume, RunOptions, Summary, check_memory, run};
+pub use run::{Observer, Resume, RunOptions, Summary, run};
 pub use stability::{Anomaly, StabilityState};
 pub use trainer::{StepOutcome, Trainer};

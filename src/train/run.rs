@@ -7,13 +7,13 @@ use serde_json::json;
 
 use super::checkpoint::{self, CheckpointDir};
 use super::gpu_stats::GpuMonitor;
+use super::memory::check_memory;
 use super::metrics::{Metrics, StepRecord, truncate_beyond};
 use super::sample::Sampler;
 use super::trainer::{StepOutcome, Trainer};
 use crate::config::Config;
 use crate::data::bin_writer::replace_file;
 use crate::error::IoContext;
-use crate::model::MemoryEstimate;
 use crate::{Error, Result, device};
 
 /// Where a run lives and how it starts and ends.
@@ -181,28 +181,6 @@ enum Start {
         dir: PathBuf,
         rollbacks: u32,
     },
-}
-
-/// Refuses what the device cannot hold, before the operating system has to.
-///
-/// # Errors
-/// `Usage` when the memory free is less than a run takes.
-pub fn check_memory(config: &Config, device: &Device) -> Result<()> {
-    let (rows, seq_len) = (config.train.micro_batch, config.train.seq_len);
-    let needed = match device.is_cpu() {
-        true => MemoryEstimate::cpu_training(&config.model, rows, seq_len),
-        false => MemoryEstimate::of_training(config).total(),
-    };
-    let Some(free) = device::free_memory(device).filter(|free| *free < needed) else {
-        return Ok(());
-    };
-    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-    Err(Error::usage(format!(
-        "training needs about {:.1} GiB of memory and {:.1} GiB are free: choose a smaller model, \
-         train.micro_batch or train.seq_len (`titanbit info --config` shows what takes it)",
-        gib(needed),
-        gib(free)
-    )))
 }
 
 fn refuse_used_directory(out: &Path) -> Result<()> {

@@ -105,9 +105,7 @@ pub fn run(args: &Args) -> Result<()> {
         .zip(device::free_memory(&device))
         .map(|(before, after)| before.saturating_sub(after));
     let estimate = match device {
-        Device::Cpu => {
-            MemoryEstimate::cpu_training(&config.model, args.micro_batch, args.seq_len)
-        }
+        Device::Cpu => MemoryEstimate::cpu_training(&config.model, args.micro_batch, args.seq_len),
         _ => MemoryEstimate::of_training(&config).total(),
     };
     if args.json {

@@ -72,10 +72,12 @@ impl Report {
                 let size = size.as_deref().unwrap_or_default();
                 let mut model = BitNetConfig::preset(size)?;
                 model.max_seq_len = model.max_seq_len.max(args.seq_len.unwrap_or_default());
-                let config = Config {
+                let mut config = Config {
                     model,
                     ..Config::default()
                 };
+                // How many micro-batches a step has makes no difference here.
+                config.train.grad_accum = 1;
                 (size.to_uppercase(), config)
             }
         };

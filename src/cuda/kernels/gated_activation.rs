@@ -30,9 +30,8 @@ impl GatedActivation {
             Activation::Relu2 => "relu2",
         };
         let features = config.intermediate_size;
-        let load = |pass, inputs| {
-            RowKernel::load(&module, &format!("{name}_{pass}"), features, inputs, 0)
-        };
+        let load =
+            |pass, inputs| RowKernel::load(&module, &format!("{name}_{pass}"), features, inputs, 0);
         let norms = Module::load(device, fatbin!("rms_norm"))?;
         Ok(Self {
             quantize: load("quantize", 2)?,

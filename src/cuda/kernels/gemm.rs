@@ -180,8 +180,13 @@ impl Gemm {
             _ => (n, k, turned(false)),
         };
         let matrix = |dtype: Float, columns: usize, rows: usize, stride: usize| {
-            result::create_matrix_layout(dtype.to_cuda(), columns as u64, rows as u64, stride as i64)
-                .map_err(failed)
+            result::create_matrix_layout(
+                dtype.to_cuda(),
+                columns as u64,
+                rows as u64,
+                stride as i64,
+            )
+            .map_err(failed)
         };
         let layouts = [
             matrix(Float::Bf16, b_columns, b_rows, b_stride)?,
@@ -217,15 +222,8 @@ impl Gemm {
             )
             .map_err(failed)?;
             let [b, a, c] = layouts;
-            let found = result::get_matmul_algo_heuristic(
-                self.handle,
-                description,
-                b,
-                a,
-                c,
-                c,
-                preference,
-            );
+            let found =
+                result::get_matmul_algo_heuristic(self.handle, description, b, a, c, c, preference);
             result::destroy_matmul_pref(preference).map_err(failed)?;
             found.map_err(failed)?.algo
         };

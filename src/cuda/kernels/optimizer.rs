@@ -153,12 +153,7 @@ impl Optimizer {
             self.grad_norm_finish.launch(
                 [1, 1, 1],
                 1024,
-                &[
-                    &partials,
-                    &(blocks as i32),
-                    &DevicePtr::<f64>::NULL,
-                    &step,
-                ],
+                &[&partials, &(blocks as i32), &DevicePtr::<f64>::NULL, &step],
             )
         }
     }

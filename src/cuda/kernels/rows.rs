@@ -19,7 +19,7 @@ impl Spread {
     fn of(features: usize) -> Self {
         match features {
             ..=1024 => Self::Warp,
-            ..=4096 => Self::Block,
+            1025..=4096 => Self::Block,
             _ => Self::Wide,
         }
     }

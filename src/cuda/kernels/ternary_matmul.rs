@@ -90,6 +90,9 @@ impl TernaryMatmul {
         // SAFETY: the arguments are those of the kernel's signature, in order; it reads m * k
         // values of x and n * ceil(k / 16) words and writes m * n values of y, which is what the
         // checks above (and `PackedTernary`) say the buffers hold.
-        unsafe { self.kernel.launch(grid, THREADS, &[&x, &words, &y, &m, &n, &k]) }
+        unsafe {
+            self.kernel
+                .launch(grid, THREADS, &[&x, &words, &y, &m, &n, &k])
+        }
     }
 }
