@@ -39,6 +39,19 @@ pub fn check_memory(config: &Config, device: &Device) -> Result<()> {
     )))
 }
 
+/// An error of `run` as it is, but for memory that ran out on a GPU: that with what takes it.
+pub fn explain(error: Error, config: &Config) -> Error {
+    let text = error.to_string();
+    match text.contains("OUT_OF_MEMORY") {
+        true => Error::training(format!(
+            "GPU memory ran out: training takes {}; another process may hold some (`nvidia-smi`); \
+             lower train.micro_batch or set train.recompute=selective",
+            MemoryEstimate::of_training(config)
+        )),
+        false => error,
+    }
+}
+
 fn needed(config: &Config, device: &Device) -> u64 {
     let train = &config.train;
     match device.is_cpu() {
@@ -46,6 +59,9 @@ fn needed(config: &Config, device: &Device) -> u64 {
         false => MemoryEstimate::of_training(config).total() + BESIDE,
     }
 }
+
+/// A setting, as `--set` takes it, and what it does.
+type Change = (&'static str, fn(&mut Config));
 
 /// The settings, as `--set` takes them, that change least among those that fit: a smaller
 /// micro-batch, then more computed anew, then smaller numbers.
@@ -68,7 +84,7 @@ fn nearest(config: &Config, is_cpu: bool, fits: impl Fn(&Config) -> bool) -> Opt
     };
     let mut config = config.clone();
     let mut settings = String::new();
-    let changes: [(&str, fn(&mut Config)); 4] = [
+    let changes: [Change; 4] = [
         ("", |_| {}),
         ("train.recompute=full", |c| {
             c.train.recompute = Recompute::Full;

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::checkpoint::{self, CheckpointDir};
 use super::gpu_stats::GpuMonitor;
-use super::memory::check_memory;
+use super::memory::{check_memory, explain};
 use super::metrics::{Metrics, StepRecord, truncate_beyond};
 use super::sample::Sampler;
 use super::trainer::{StepOutcome, Trainer};
@@ -105,6 +105,15 @@ pub struct Summary {
 /// # Errors
 /// What [`RunOptions::check`] and [`Trainer`] refuse; a tokenizer that did not make the data.
 pub fn run(
+    config: &Config,
+    options: &RunOptions,
+    device: &Device,
+    observer: &mut dyn Observer,
+) -> Result<Summary> {
+    run_whole(config, options, device, observer).map_err(|error| explain(error, config))
+}
+
+fn run_whole(
     config: &Config,
     options: &RunOptions,
     device: &Device,
