@@ -66,19 +66,6 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
     return sum;
 }
 
-template <int kThreads>
-__device__ __forceinline__ float block_max(float x, float* scratch) {
-    x = warp_max(x);
-    if constexpr (kThreads == kWarp) return x;
-    __syncthreads();
-    if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
-    __syncthreads();
-    float max = scratch[0];
-#pragma unroll
-    for (int i = 1; i < kThreads / kWarp; ++i) max = fmaxf(max, scratch[i]);
-    return max;
-}
-
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

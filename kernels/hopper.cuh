@@ -59,15 +59,6 @@ __device__ __forceinline__ void copy_box_3d(void* shared, const CUtensorMap* map
         : "memory");
 }
 
-__device__ __forceinline__ void copy_box_4d(void* shared, const CUtensorMap* map, uint64_t* barrier, int x, int y,
-                                            int z, int w) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::
-            "r"(shared_address(shared)),
-        "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
-        : "memory");
-}
-
 // Ordinary stores to shared memory become visible to the copy engine and to wgmma.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -71,11 +71,10 @@ __device__ __forceinline__ void forward_rows(const bf16* __restrict__ x, const f
 }
 
 // With g = dn * weight: dx = r * g - x * r^3 * (g . x) / features (+ dresidual);  dweight = sum over rows of dn * x * r.
-template <int kVectors, bool kBlock, bool kDelta>
+template <int kVectors, bool kBlock>
 __device__ __forceinline__ void backward_rows(const bf16* dn, const bf16* x, const float* weight, const float* rstd,
                                               const float* scale, const bf16* dresidual, bf16* dx, bf16* inputs,
-                                              float* dweight_partials, float* delta, int heads, int seq, int rows,
-                                              int features) {
+                                              float* dweight_partials, int rows, int features) {
     Rows<kVectors, kBlock, 3> part(features);
     const int step = part.step();
     int row = part.first();
@@ -126,11 +125,6 @@ __device__ __forceinline__ void backward_rows(const bf16* dn, const bf16* x, con
         }
         const float shrink = part.reduce_sum(dot) / features * r * r * r;
 
-        float* quads = nullptr;  // sums of dx * x over four features; the gap after each 16 spares bank conflicts
-        if constexpr (kDelta) {
-            quads = reinterpret_cast<float*>(part.staged(3, 0) - threadIdx.x) +
-                    part.row_in_block() * (features / 4 + features / 64 + 1);
-        }
         copy_async_wait<1>();
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
@@ -144,36 +138,16 @@ __device__ __forceinline__ void backward_rows(const bf16* dn, const bf16* x, con
             for (int j = 0; j < 8; ++j)
                 out[j] = fmaf(dn_value[j] * w[j], r, fmaf(-x_value[j], shrink, out[j]));
             const Bf16x8 packed = pack8(out);
-            if (part.inside(i)) {
-                store8(dx + at + 8 * part.vector(i), packed);
-                if constexpr (kDelta) {
-                    unpack8(packed, out);
-                    float quad[2] = {};
-#pragma unroll
-                    for (int j = 0; j < 8; ++j) quad[j / 4] = fmaf(out[j], x_value[j], quad[j / 4]);
-                    const int first = 2 * part.vector(i);
-                    quads[first + first / 16] = quad[0], quads[first + first / 16 + 1] = quad[1];
-                }
-            }
+            if (part.inside(i)) store8(dx + at + 8 * part.vector(i), packed);
         }
         fetch_residual(row + step);
-        if constexpr (kDelta) {
-            kBlock ? __syncthreads() : __syncwarp();
-            const int per_head = features / heads / 4;
-            for (int head = part.thread(); head < heads; head += part.threads()) {
-                float sum = 0.f;
-                for (int quad = head * per_head; quad < (head + 1) * per_head; ++quad) sum += quads[quad + quad / 16];
-                delta[(static_cast<int64_t>(row / seq) * heads + head) * seq + row % seq] = sum;
-            }
-            if (!kBlock) __syncwarp();  // a block's next reduction has a barrier before the next write
-        }
     }
     part.store_sums(sums, dweight_partials + static_cast<int64_t>(blockIdx.x) * features);
 }
 
 }  // namespace
 
-// codes (rows, features) int8, scale and rstd (rows,). Dynamic shared memory, bytes a thread: 128 (_warp), 64 (_block, _wide).
+// codes (rows, features) int8, scale and rstd (rows,). Dynamic shared memory, bytes a thread: 64 (_warp, _wide), 32 (_block).
 extern "C" __global__ void __launch_bounds__(256)
 rms_norm_quantize_warp(const bf16* x, const float* weight, int8_t* codes, float* scale, float* rstd, int rows,
                        int features, float eps) {
@@ -208,50 +182,25 @@ rms_norm_wide(const bf16* x, const float* weight, bf16* y, float* rstd, int rows
     forward_rows<4, true, false>(x, weight, nullptr, nullptr, y, rstd, rows, features, eps);
 }
 
+// dx (rows, features), dweight_partials (gridDim.x, features); dresidual and inputs may be null. dx may be dresidual or dn.
+// Dynamic shared memory, bytes a thread: 192 (_warp, _wide), 96 (_block).
 extern "C" __global__ void __launch_bounds__(256, 2)
 rms_norm_backward_warp(const bf16* dn, const bf16* x, const float* weight, const float* rstd, const float* scale,
                        const bf16* dresidual, bf16* dx, bf16* inputs, float* dweight_partials, int rows, int features) {
-    backward_rows<4, false, false>(dn, x, weight, rstd, scale, dresidual, dx, inputs, dweight_partials, nullptr, 1, 1,
-                                   rows, features);
+    backward_rows<4, false>(dn, x, weight, rstd, scale, dresidual, dx, inputs, dweight_partials, rows, features);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 3)
 rms_norm_backward_block(const bf16* dn, const bf16* x, const float* weight, const float* rstd, const float* scale,
                         const bf16* dresidual, bf16* dx, bf16* inputs, float* dweight_partials, int rows,
                         int features) {
-    backward_rows<2, true, false>(dn, x, weight, rstd, scale, dresidual, dx, inputs, dweight_partials, nullptr, 1, 1,
-                                  rows, features);
+    backward_rows<2, true>(dn, x, weight, rstd, scale, dresidual, dx, inputs, dweight_partials, rows, features);
 }
 
 extern "C" __global__ void __launch_bounds__(512)
 rms_norm_backward_wide(const bf16* dn, const bf16* x, const float* weight, const float* rstd, const float* scale,
                        const bf16* dresidual, bf16* dx, bf16* inputs, float* dweight_partials, int rows, int features) {
-    backward_rows<4, true, false>(dn, x, weight, rstd, scale, dresidual, dx, inputs, dweight_partials, nullptr, 1, 1,
-                                  rows, features);
-}
-
-extern "C" __global__ void __launch_bounds__(256, 2)
-rms_norm_backward_delta_warp(const bf16* dn, const bf16* x, const float* weight, const float* rstd, const float* scale,
-                             const bf16* dresidual, bf16* dx, bf16* inputs, float* dweight_partials, int rows,
-                             int features, float* delta, int heads, int seq) {
-    backward_rows<4, false, true>(dn, x, weight, rstd, scale, dresidual, dx, inputs, dweight_partials, delta, heads,
-                                  seq, rows, features);
-}
-
-extern "C" __global__ void __launch_bounds__(256, 3)
-rms_norm_backward_delta_block(const bf16* dn, const bf16* x, const float* weight, const float* rstd, const float* scale,
-                              const bf16* dresidual, bf16* dx, bf16* inputs, float* dweight_partials, int rows,
-                              int features, float* delta, int heads, int seq) {
-    backward_rows<2, true, true>(dn, x, weight, rstd, scale, dresidual, dx, inputs, dweight_partials, delta, heads,
-                                 seq, rows, features);
-}
-
-extern "C" __global__ void __launch_bounds__(512)
-rms_norm_backward_delta_wide(const bf16* dn, const bf16* x, const float* weight, const float* rstd, const float* scale,
-                             const bf16* dresidual, bf16* dx, bf16* inputs, float* dweight_partials, int rows,
-                             int features, float* delta, int heads, int seq) {
-    backward_rows<4, true, true>(dn, x, weight, rstd, scale, dresidual, dx, inputs, dweight_partials, delta, heads,
-                                 seq, rows, features);
+    backward_rows<4, true>(dn, x, weight, rstd, scale, dresidual, dx, inputs, dweight_partials, rows, features);
 }
 
 // sums (features,) += the sum of partials (parts, features): 32 runs of parts, each in order, then the runs in order.

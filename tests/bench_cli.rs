@@ -128,3 +128,40 @@ fn a_gpu_that_is_not_there_is_refused() {
         "no usable NVIDIA GPU as cuda:9999",
     );
 }
+
+/// The smallest preset on few tokens: a whole step runs on the CPU too.
+#[test]
+fn training_steps_are_timed() {
+    let args = [
+        "train",
+        "--model-size",
+        "125m",
+        "--micro-batch",
+        "1",
+        "--seq-len",
+        "8",
+        "--accum",
+        "2",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        "--json",
+    ];
+    let output = bench(&args).success().get_output().stdout.clone();
+    let report: Value = serde_json::from_slice(&output).unwrap();
+    let number = |key: &str| report[key].as_f64().unwrap();
+    // Two micro-batches of 8 tokens a step.
+    let tokens_per_s = 16.0 / (number("step_ms") / 1e3);
+    assert!((number("tokens_per_s") / tokens_per_s - 1.0).abs() < 1e-9);
+    // An untrained model guesses among 32000 tokens.
+    assert!((number("loss") - 32000f64.ln()).abs() < 1.0, "{report}");
+}
+
+#[test]
+fn wrong_training_benchmarks() {
+    refused(&["train", "--steps", "0"], "--steps 0");
+    refused(&["train", "--accum", "0"], "train.grad_accum is 0");
+    refused(&["train", "--model-size", "9B"], "125M, 350M");
+    refused(&["train", "--recompute", "some"], "none");
+}

@@ -99,6 +99,8 @@ fn oracle(config: &Config, parameters: Parameters, batch: &Batch) -> (f64, Vec<T
     model.loss_and_gradients(&ids, &labels, 1.0).unwrap()
 }
 
+/// The bound is what bf16 does to a network of quantisers: the CPU's own gradients move by 1.2% (LM
+/// head) to 4.3% (queries) when only its embedding is rounded to bf16, by 4.8% with its norms.
 #[test]
 fn gradients_are_those_of_the_cpu() {
     let Some(device) = gpu() else { return };

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 
+use candle_core::cuda_backend::cudarc::driver::result::memcpy_dtoh_async;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute as Attribute;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
@@ -19,7 +20,7 @@ use super::kernels::rows::MAX_FEATURES;
 use super::kernels::ternary_weights::{TernaryTensor, TernaryWeights};
 use super::kernels::to_bf16::ToBf16;
 use super::network::{Batch, Gradient, LayerProjections, Model, Network};
-use crate::config::{Config, GradientDtype, Kernels};
+use crate::config::{Config, GradientDtype, Kernels, StateDtype};
 use crate::data;
 use crate::model::weights::Weights;
 use crate::model::{BitNetConfig, Parameter, Parameters};
@@ -86,12 +87,12 @@ impl Engine {
         let (codes, scales, lm_head, _) = lay_out(Arena::at(address(&quantized)));
 
         let places = parameters.by_place(&config.model)?;
-        let weights = map(&places, pointer::<f32>)?;
+        let weights = places.map(pointer::<f32>);
         let by_address: HashMap<u64, Gradient> = parameters
             .iter()
             .zip(&gradient_places)
-            .map(|(p, gradient)| Ok((pointer::<f32>(&p.var)?.address(), *gradient)))
-            .collect::<Result<_>>()?;
+            .map(|(p, gradient)| (pointer::<f32>(&p.var).address(), *gradient))
+            .collect();
         let model = Model {
             gradients: weights.map(|weight| by_address[&weight.address()]),
             projections: layer_projections(&config.model, codes, scales),
@@ -102,7 +103,7 @@ impl Engine {
             lm_head,
             weights,
         };
-        let tensors = optimizer_tensors(config, parameters, moments, &gradient_places)?;
+        let tensors = optimizer_tensors(config, parameters, moments, &gradient_places);
         let mut engine = Self {
             optimizer: Optimizer::load(device, &tensors, config.precision.optimizer_state)?,
             to_bf16: ToBf16::load(device)?,
@@ -177,7 +178,7 @@ impl Engine {
     /// # Errors
     /// `Tensor` if a kernel failed.
     pub fn next_logits(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
-        let first = ids.len().saturating_sub(self.network.max_tokens());
+        let first = ids.len().saturating_sub(self.network.max_context());
         self.network.next_logits(&ids[first..])
     }
 
@@ -207,7 +208,6 @@ impl Engine {
     }
 
     fn read<T: DeviceRepr + Default + Clone>(&self, from: u64, count: usize) -> Result<Vec<T>> {
-        use candle_core::cuda_backend::cudarc::driver::result::memcpy_dtoh_async;
         let stream = self.device.cuda_stream();
         let mut values = vec![T::default(); count];
         // SAFETY: a gradient has as many values as its weight; the copy ends before this returns.
@@ -290,29 +290,15 @@ fn gradient_place(parameter: &Parameter, dtype: Float, arena: &mut Arena) -> Gra
     Gradient { address, dtype }
 }
 
-/// Where a contiguous tensor of this module's own making lies.
-fn pointer<T: CudaDType>(tensor: &Tensor) -> Result<DevicePtr<T>> {
+/// Where a weight or moment lies: contiguous tensors of format `T` on the engine's GPU.
+fn pointer<T: CudaDType>(tensor: &Tensor) -> DevicePtr<T> {
     let (storage, _) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cuda(storage) => Ok(DevicePtr::new(address(storage.as_cuda_slice::<T>()?))),
-        _ => unreachable!("weights and moments of an engine are on its GPU"),
-    }
-}
-
-/// `Weights::map` for what can fail.
-fn map<T, U: Clone>(weights: &Weights<T>, f: impl Fn(&T) -> Result<U>) -> Result<Weights<U>> {
-    let mapped = weights.map(f);
-    let mut error = None;
-    let values = mapped.map(|value| value.as_ref().ok().cloned());
-    for value in mapped.into_values() {
-        if let Err(e) = value {
-            error.get_or_insert(e);
-        }
-    }
-    match error {
-        Some(error) => Err(error),
-        None => Ok(values.map(|value| value.clone().expect("checked above"))),
-    }
+    let slice = match &*storage {
+        Storage::Cuda(storage) => storage.as_cuda_slice::<T>().ok(),
+        _ => None,
+    };
+    // `Parameters` and `AdamW` make them so.
+    DevicePtr::new(address(slice.expect("on a GPU, as the configuration says")))
 }
 
 fn ternary_tensors(config: &BitNetConfig, weights: &Weights<DevicePtr<f32>>) -> Vec<TernaryTensor> {
@@ -376,34 +362,28 @@ fn optimizer_tensors(
     parameters: &Parameters,
     moments: &[Moments],
     gradients: &[Gradient],
-) -> Result<Vec<OptimizerTensor>> {
-    use crate::config::StateDtype;
-    let values = |tensor: &Tensor| {
-        Ok::<_, Error>(match config.precision.optimizer_state {
-            StateDtype::F32 => pointer::<f32>(tensor)?.address(),
-            StateDtype::Bf16 => pointer::<bf16>(tensor)?.address(),
-            StateDtype::Int8 => pointer::<u8>(tensor)?.address(),
-        })
+) -> Vec<OptimizerTensor> {
+    let values = |tensor: &Tensor| match config.precision.optimizer_state {
+        StateDtype::F32 => pointer::<f32>(tensor).address(),
+        StateDtype::Bf16 => pointer::<bf16>(tensor).address(),
+        StateDtype::Int8 => pointer::<u8>(tensor).address(),
     };
-    let maxima = |tensor: &Option<Tensor>| match tensor {
-        Some(maxima) => pointer::<f32>(maxima),
-        None => Ok(DevicePtr::NULL),
-    };
+    let maxima = |tensor: &Option<Tensor>| tensor.as_ref().map_or(DevicePtr::NULL, pointer);
     let row = |((p, moments), gradient): ((&Parameter, &Moments), &Gradient)| {
         // Rows of an embedding that a step does not see, and norms, are added to; a tied
         // embedding's gradient begins with the LM head's product.
         let is_embedding = p.name == "model.embed_tokens.weight";
         let added_to = p.var.rank() == 1 || (is_embedding && !config.model.tie_embeddings);
-        Ok(OptimizerTensor {
-            weights: pointer(&p.var)?,
+        OptimizerTensor {
+            weights: pointer(&p.var),
             gradient: gradient.address,
             gradient_dtype: gradient.dtype,
-            moments: [values(&moments.m.values)?, values(&moments.v.values)?],
-            maxima: [maxima(&moments.m.maxima)?, maxima(&moments.v.maxima)?],
+            moments: [values(&moments.m.values), values(&moments.v.values)],
+            maxima: [maxima(&moments.m.maxima), maxima(&moments.v.maxima)],
             count: p.var.elem_count(),
             decay: p.decay,
             keep_gradient: !added_to,
-        })
+        }
     };
     parameters
         .iter()

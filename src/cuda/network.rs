@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::result::memcpy_dtoh_async;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use half::bf16;
 
@@ -89,6 +90,7 @@ pub struct Network {
     stream: Arc<CudaStream>,
     /// Sum of the micro-batches' losses.
     loss: CudaSlice<f64>,
+    max_seq_len: usize,
     /// What `workspace` lies in.
     _memory: CudaSlice<u8>,
 }
@@ -125,13 +127,14 @@ impl Network {
             model,
             workspace,
             stream,
+            max_seq_len: shape.max_seq_len,
             _memory: memory,
         })
     }
 
-    /// Longest sequence that a pass can take.
-    pub fn max_tokens(&self) -> usize {
-        self.sizes.tokens
+    /// Longest sequence that a pass can take: what the workspace holds and the rotary tables reach.
+    pub fn max_context(&self) -> usize {
+        self.sizes.tokens.min(self.max_seq_len)
     }
 
     /// Adds the mean cross-entropy times `scale` to the loss, and its gradients to the gradients.
@@ -200,15 +203,7 @@ impl Network {
         let mut logits = vec![bf16::ZERO; self.sizes.vocab];
         let from = self.workspace.logits.address();
         // SAFETY: there are `vocab` logits at least; the copy ends before `logits` goes.
-        unsafe {
-            let stream = self.stream.cu_stream();
-            candle_core::cuda_backend::cudarc::driver::result::memcpy_dtoh_async(
-                &mut logits,
-                from,
-                stream,
-            )
-            .w()?;
-        }
+        unsafe { memcpy_dtoh_async(&mut logits, from, self.stream.cu_stream()) }.w()?;
         self.stream.synchronize().w()?;
         Ok(logits.into_iter().map(f32::from).collect())
     }

@@ -46,22 +46,56 @@ impl Learner {
         Self::assemble(config, model, optimizer)
     }
 
-    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     fn assemble(config: &Config, model: BitNetTransformer, optimizer: AdamW) -> Result<Self> {
-        Ok(Self {
-            #[cfg(feature = "cuda")]
-            engine: match model.device() {
-                Device::Cuda(device) => {
-                    let (parameters, moments) = (model.parameters(), optimizer.moments());
-                    Some(Engine::new(config, device, parameters, moments)?)
-                }
-                _ => None,
-            },
+        let mut learner = Self {
             model,
             optimizer,
             gradients: Vec::new(),
             loss: 0.0,
-        })
+            #[cfg(feature = "cuda")]
+            engine: None,
+        };
+        learner.start(config)?;
+        Ok(learner)
+    }
+
+    /// Goes back to a checkpoint, or to the initial weights. What there was goes first: a GPU has
+    /// no room for both.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; the learner is then of no more use.
+    pub fn restore(&mut self, config: &Config, dir: Option<&Path>) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        {
+            self.engine = None;
+        }
+        let device = self.model.device().clone();
+        self.model = match dir {
+            Some(dir) => checkpoint::load_model(dir, config, &device)?,
+            None => BitNetTransformer::new(&config.model, config.train.seed, &device)?,
+        };
+        let parameters = self.model.parameters();
+        self.optimizer = match dir {
+            Some(dir) => checkpoint::load_optimizer(dir, config, parameters)?,
+            None => AdamW::new(config, parameters)?,
+        };
+        self.start(config)
+    }
+
+    /// A step without gradients; on a GPU, the engine that takes it.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        allow(unused_variables, clippy::unnecessary_wraps)
+    )]
+    fn start(&mut self, config: &Config) -> Result<()> {
+        self.gradients.clear();
+        self.loss = 0.0;
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = self.model.device() {
+            let (parameters, moments) = (self.model.parameters(), self.optimizer.moments());
+            self.engine = Some(Engine::new(config, device, parameters, moments)?);
+        }
+        Ok(())
     }
 
     pub fn model(&self) -> &BitNetTransformer {
@@ -134,7 +168,7 @@ impl Learner {
         self.model.loss(&ids, &labels)
     }
 
-    /// The logits after the last of `ids`, of which the newest that fit are read; none without ids.
+    /// The logits after the last of `ids`, which are one at least; the newest that fit are read.
     ///
     /// # Errors
     /// `Tensor` if the device refuses.

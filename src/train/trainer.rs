@@ -284,7 +284,7 @@ impl Trainer {
                 state.progress.stability = recovered(state.progress.stability, step);
                 self.checkpoints.discard_after(step)?;
                 self.checkpoints.rewrite_state(&dir, &mut state)?;
-                self.learner = Learner::load(&self.config, &self.device, &dir)?;
+                self.learner.restore(&self.config, Some(&dir))?;
                 self.adopt(state.progress)?;
                 self.discard_later_checkpoints()?;
             }
@@ -297,7 +297,7 @@ impl Trainer {
             None => {
                 self.monitor.state = recovered(StabilityState::default(), 0);
                 self.checkpoints.discard_after(0)?;
-                self.learner = Learner::new(&self.config, &self.device)?;
+                self.learner.restore(&self.config, None)?;
                 self.step = 0;
                 self.tokens = 0;
                 self.loss = None;

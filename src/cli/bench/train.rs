@@ -66,6 +66,9 @@ fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T> {
 }
 
 pub fn run(args: &Args) -> Result<()> {
+    if args.steps == 0 {
+        return Err(Error::usage("--steps 0: at least 1 is needed to time"));
+    }
     let config = config(args)?;
     let device = device::select(&args.device)?;
     check_memory(&config, &device)?;

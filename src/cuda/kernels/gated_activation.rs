@@ -31,7 +31,7 @@ impl GatedActivation {
         };
         let features = config.intermediate_size;
         let load =
-            |pass, inputs| RowKernel::load(&module, &format!("{name}_{pass}"), features, inputs, 0);
+            |pass, inputs| RowKernel::load(&module, &format!("{name}_{pass}"), features, inputs);
         let norms = Module::load(device, fatbin!("rms_norm"))?;
         Ok(Self {
             quantize: load("quantize", 2)?,

@@ -22,7 +22,6 @@ pub struct RmsNorm {
     quantize: RowKernel,
     forward: RowKernel,
     backward: RowKernel,
-    backward_delta: RowKernel,
     column_sums: ColumnSums,
     features: usize,
     eps: f32,
@@ -47,15 +46,11 @@ impl RmsNorm {
     /// `Tensor` if the driver refuses the kernels.
     pub fn load(device: &CudaDevice, features: usize, eps: f32) -> Result<Self> {
         let module = Module::load(device, fatbin!("rms_norm"))?;
-        let load = |name, inputs, bytes_by_row| {
-            RowKernel::load(&module, name, features, inputs, bytes_by_row)
-        };
-        let quads = features / 4 + features / 64 + 1;
+        let load = |name, inputs| RowKernel::load(&module, name, features, inputs);
         Ok(Self {
-            quantize: load("rms_norm_quantize", 1, 0)?,
-            forward: load("rms_norm", 1, 0)?,
-            backward: load("rms_norm_backward", 3, 0)?,
-            backward_delta: load("rms_norm_backward_delta", 3, 4 * quads)?,
+            quantize: load("rms_norm_quantize", 1)?,
+            forward: load("rms_norm", 1)?,
+            backward: load("rms_norm_backward", 3)?,
             column_sums: ColumnSums::load(&module)?,
             features,
             eps,
@@ -147,54 +142,6 @@ impl RmsNorm {
                     &to.parts,
                     &rows,
                     &features,
-                ],
-            )?;
-            self.column_sums
-                .add(to.parts, to.dweight, blocks, self.features)
-        }
-    }
-
-    /// The same, and delta (batch, heads, seq): the sums of dx * x over each head's features, as
-    /// the attention's backward pass needs them of its output.
-    ///
-    /// # Safety
-    /// As [`Self::quantize`].
-    ///
-    /// # Errors
-    /// As [`Self::quantize`].
-    #[allow(clippy::too_many_arguments)] // those of the formula
-    pub unsafe fn backward_with_delta(
-        &self,
-        norm: &Normed,
-        dn: DevicePtr<bf16>,
-        to: &NormGradients,
-        rows: usize,
-        delta: DevicePtr<f32>,
-        heads: usize,
-        seq: usize,
-    ) -> Result<()> {
-        let (rows, features) = (rows as i32, self.features as i32);
-        let (heads, seq) = (heads as i32, seq as i32);
-        let blocks = self.backward_delta.blocks.min(NORM_PARTS);
-        // SAFETY: the arguments are those of the kernel.
-        unsafe {
-            self.backward_delta.launch(
-                blocks,
-                &[
-                    &dn,
-                    &norm.x,
-                    &norm.weight,
-                    &norm.kept.rstd,
-                    &norm.kept.scale,
-                    &to.dresidual,
-                    &to.dx,
-                    &to.inputs,
-                    &to.parts,
-                    &rows,
-                    &features,
-                    &delta,
-                    &heads,
-                    &seq,
                 ],
             )?;
             self.column_sums

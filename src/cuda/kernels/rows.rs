@@ -46,13 +46,6 @@ impl Spread {
             _ => features.div_ceil(8 * self.vectors()).next_multiple_of(32),
         }
     }
-
-    fn rows_by_block(self) -> usize {
-        match self {
-            Self::Warp => 8,
-            _ => 1,
-        }
-    }
 }
 
 /// A kernel for rows of one width, on as many blocks as the device holds at a time.
@@ -63,23 +56,16 @@ pub struct RowKernel {
 }
 
 impl RowKernel {
-    /// The instance of `name` for `features`, which stages so many input arrays in shared memory,
-    /// and takes so many bytes of it for each row besides.
+    /// The instance of `name` for `features`, which stages so many input arrays in shared memory.
     ///
     /// # Errors
     /// `Tensor` if the driver refuses the kernel.
-    pub fn load(
-        module: &Module,
-        name: &str,
-        features: usize,
-        inputs: usize,
-        bytes_by_row: usize,
-    ) -> Result<Self> {
+    pub fn load(module: &Module, name: &str, features: usize, inputs: usize) -> Result<Self> {
         let spread = Spread::of(features);
         let threads = spread.threads(features);
         let shared_bytes = inputs * spread.vectors() * 16 * threads;
         let name = format!("{name}_{}", spread.name());
-        let kernel = module.kernel(&name, shared_bytes + bytes_by_row * spread.rows_by_block())?;
+        let kernel = module.kernel(&name, shared_bytes)?;
         Ok(Self {
             blocks: kernel.resident_blocks(threads)?,
             kernel,
