@@ -1,5 +1,6 @@
-// Gradient of causal grouped-query attention: qkv (batch, seq, (heads + 2 kv_heads) * head_dim), out and dout (batch, seq,
-// heads * head_dim) bf16, log_sum_exp (batch, heads, seq) f32 -> delta (batch, heads, seq) f32, then dqkv like qkv, bf16.
+// Gradient of causal grouped-query attention: qkv (batch, seq, (heads + 2 kv_heads) * head_dim), out and dout (batch,
+// seq, heads * head_dim) bf16, log_sum_exp (batch, heads, seq) f32 -> delta (batch, heads, seq) f32, then dqkv like
+// qkv, bf16; head_dim a multiple of 8, or of 4 up to 112.
 
 #include "attention_tiles.cuh"
 
@@ -32,22 +33,19 @@ __device__ __forceinline__ void add_scores(float (&s)[kTiles][2][4], float (&dp)
 }
 
 // dk and dv of kTiles x 64 keys, a quarter for each warp, from steps of kQueries queries of each head of the group.
-//
-// A warp multiplies p and ds of 16 queries by their dout and q while it finds p and ds of the next 16, to keep the tensor
-// cores busy; so queries and dout of three steps are in shared memory: the last, this one and the one on its way.
 template <int kDim, int kDepth, bool kAligned, int kTiles, int kQueries>
 struct AttentionBackwardKeys {
     static constexpr int kRows = 16 * kTiles * kAttentionWarps;
     static constexpr int kTileBytes = 2 * kQueries * kDim;
     static constexpr int kStageBytes = 2 * kTileBytes;
-    static_assert(3 * kQueries >= kRows, "keys and values must fit where the queries' stages are");
+    static_assert(kRows <= 2 * kQueries, "keys and values must fit where the queries' stages are");
 
     static __device__ __forceinline__ void run(const bf16* __restrict__ qkv, const bf16* __restrict__ dout,
                                                const float* __restrict__ log_sum_exp, const float* __restrict__ delta,
                                                bf16* __restrict__ dqkv, int seq, int heads, int kv_heads,
                                                int head_dim) {
         extern __shared__ __align__(1024) uint8_t shared[];
-        float(*statistics)[2][kQueries] = reinterpret_cast<float(*)[2][kQueries]>(shared + 3 * kStageBytes);
+        float (*statistics)[2][kQueries] = reinterpret_cast<float (*)[2][kQueries]>(shared + 2 * kStageBytes);
         const int lane = threadIdx.x % kWarp, batch = blockIdx.y;
         const int first_key = blockIdx.z * kRows;  // the longest blocks first
         const int warp_row = threadIdx.x / kWarp * 16 * kTiles, warp_key = first_key + warp_row;
@@ -74,11 +72,11 @@ struct AttentionBackwardKeys {
         }
 
         const auto load_queries = [&](int head, int query, uint32_t tile) {
-            load_tile<kQueries, kDim, kAligned>(tile, tokens + static_cast<int64_t>(query) * stride + head * head_dim, stride,
-                                      seq - query, head_dim);
+            load_tile<kQueries, kDim, kAligned>(tile, tokens + static_cast<int64_t>(query) * stride + head * head_dim,
+                                                stride, seq - query, head_dim);
             load_tile<kQueries, kDim, kAligned>(tile + kTileBytes,
-                                      gradients + static_cast<int64_t>(query) * out_stride + head * head_dim, out_stride,
-                                      seq - query, head_dim);
+                                                gradients + static_cast<int64_t>(query) * out_stride + head * head_dim,
+                                                out_stride, seq - query, head_dim);
             copy_async_commit();
         };
         // A thread brings one number of a step: -log_sum_exp in powers of two, or -delta. Zeros, with the zeros of
@@ -96,57 +94,34 @@ struct AttentionBackwardKeys {
         const uint32_t offset_a = lane_offset_a<kDim>(), offset_b = lane_offset_b<kDim>();
         const float root = rsqrtf(static_cast<float>(head_dim)), scale = kLog2E * root;
         float dk[kTiles][kDepth / 8][4] = {}, dv[kTiles][kDepth / 8][4] = {};
-        uint32_t p[kTiles][4] = {}, ds[kTiles][4] = {};  // of the 16 queries before
-        uint32_t last_queries = stages;                  // where these are; their dout is kTileBytes on
-        const auto add_last = [&] {
-            multiply_by_rows<kDim, kDepth, kTiles>(dv, p, last_queries + kTileBytes, offset_a, 0);
-            multiply_by_rows<kDim, kDepth, kTiles>(dk, ds, last_queries, offset_a, 0);
-        };
 
-        int stage = 0, parity = 0;
-        for (int head = first_head, query = first_key; head < end_head; parity ^= 1) {
+        for (int head = first_head, query = first_key, stage = 0; head < end_head; stage ^= 1) {
             int next_head = head, next_query = query + kQueries;
             if (next_query >= seq) next_query = first_key, ++next_head;
             copy_async_wait<0>();
             __syncthreads();
-            const uint32_t query_tile = stages + stage * kStageBytes;
-            stage = stage == 2 ? 0 : stage + 1;
+            const uint32_t query_tile = stages + stage * kStageBytes, gradient_tile = query_tile + kTileBytes;
             float statistic = 0.f;
             if (next_head < end_head) {
-                load_queries(next_head, next_query, stages + stage * kStageBytes);
+                load_queries(next_head, next_query, stages + (stage ^ 1) * kStageBytes);
                 statistic = load_statistic(next_head, next_query);
             }
 
-            if constexpr (kRows > kQueries) {
-                if (warp_key - query >= kQueries) {  // a step to skip, after which the last queries are gone
-                    add_last();
-#pragma unroll
-                    for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) p[t][i] = ds[t][i] = 0;
-                    last_queries = query_tile;
-                }
-            }
-            // Queries before the warp's keys see none of them.
-#pragma unroll 1
-            for (int column = max(0, warp_key - query); column < kQueries; column += 16) {
+            const auto step = [&](int column, auto masked) {
                 float s[kTiles][2][4] = {}, dp[kTiles][2][4];
                 float2 shift[2];
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
                     const int i = column + 8 * n + lane % 4 * 2;
-                    shift[n] = *reinterpret_cast<const float2*>(&statistics[parity][0][i]);
-                    const float2 start = *reinterpret_cast<const float2*>(&statistics[parity][1][i]);
+                    shift[n] = *reinterpret_cast<const float2*>(&statistics[stage][0][i]);
+                    const float2 start = *reinterpret_cast<const float2*>(&statistics[stage][1][i]);
 #pragma unroll
                     for (int t = 0; t < kTiles; ++t) {
                         dp[t][n][0] = dp[t][n][2] = start.x;
                         dp[t][n][1] = dp[t][n][3] = start.y;
                     }
                 }
-                add_scores<kDim, kDepth, kTiles>(s, dp, keys, values, query_tile, query_tile + kTileBytes, offset_b,
-                                                 column);
-                add_last();
-                last_queries = query_tile + 2 * kDim * column;
+                add_scores<kDim, kDepth, kTiles>(s, dp, keys, values, query_tile, gradient_tile, offset_b, column);
 #pragma unroll
                 for (int t = 0; t < kTiles; ++t)
 #pragma unroll
@@ -154,7 +129,7 @@ struct AttentionBackwardKeys {
 #pragma unroll
                         for (int i = 0; i < 4; ++i)
                             s[t][n][i] = exp2_fast(s[t][n][i] * scale + (i % 2 == 0 ? shift[n].x : shift[n].y));
-                if (query + column < warp_key + 16 * kTiles - 1) {
+                if (masked.value && query + column < warp_key + 16 * kTiles - 1) {
 #pragma unroll
                     for (int t = 0; t < kTiles; ++t)
 #pragma unroll
@@ -165,6 +140,7 @@ struct AttentionBackwardKeys {
                                     query + column + 8 * n + lane % 4 * 2 + i % 2)
                                     s[t][n][i] = 0.f;
                 }
+                uint32_t p[kTiles][4], ds[kTiles][4];
 #pragma unroll
                 for (int t = 0; t < kTiles; ++t) {
                     pack_operand(p[t], s[t][0], s[t][1]);
@@ -174,12 +150,21 @@ struct AttentionBackwardKeys {
                         for (int i = 0; i < 4; ++i) dp[t][n][i] *= s[t][n][i];
                     pack_operand(ds[t], dp[t][0], dp[t][1]);
                 }
+                multiply_by_rows<kDim, kDepth, kTiles>(dv, p, gradient_tile, offset_a, column);
+                multiply_by_rows<kDim, kDepth, kTiles>(dk, ds, query_tile, offset_a, column);
+            };
+            if (query >= first_key + kRows) {
+#pragma unroll
+                for (int column = 0; column < kQueries; column += 16) step(column, Constant<false>());
+            } else {
+#pragma unroll 1
+                for (int column = max(0, warp_key - query); column < kQueries; column += 16)
+                    step(column, Constant<true>());
             }
 
-            if (kind <= 1) statistics[parity ^ 1][kind][place] = statistic;
+            if (kind <= 1) statistics[stage ^ 1][kind][place] = statistic;
             head = next_head, query = next_query;
         }
-        add_last();
 
         bf16* rows = dqkv + token * stride;
         store_rows<kDepth, kTiles>(rows + key_column, stride, dk, root, warp_key, seq, head_dim);
@@ -214,9 +199,9 @@ struct AttentionBackwardQueries {
         {
             const uint32_t gradient_tile = stages + 2 * kRows * kDim;
             load_tile<kRows, kDim, kAligned>(stages, qkv + (token + first_query) * stride + head * head_dim, stride,
-                                   seq - first_query, head_dim);
-            load_tile<kRows, kDim, kAligned>(gradient_tile, dout + (token + first_query) * out_stride + head * head_dim, out_stride,
-                                   seq - first_query, head_dim);
+                                             seq - first_query, head_dim);
+            load_tile<kRows, kDim, kAligned>(gradient_tile, dout + (token + first_query) * out_stride + head * head_dim,
+                                             out_stride, seq - first_query, head_dim);
             copy_async_commit();
             copy_async_wait<0>();
             __syncthreads();
@@ -228,7 +213,8 @@ struct AttentionBackwardQueries {
         const auto load_keys = [&](int first_key, uint32_t tile) {
             const bf16* source = keys + static_cast<int64_t>(first_key) * stride;
             load_tile<kKeys, kDim, kAligned>(tile, source, stride, seq - first_key, head_dim);
-            load_tile<kKeys, kDim, kAligned>(tile + kTileBytes, source + value_offset, stride, seq - first_key, head_dim);
+            load_tile<kKeys, kDim, kAligned>(tile + kTileBytes, source + value_offset, stride, seq - first_key,
+                                             head_dim);
             copy_async_commit();
         };
         load_keys(0, stages);
@@ -252,10 +238,7 @@ struct AttentionBackwardQueries {
             __syncthreads();
             const uint32_t key_tile = stages + stage * kStageBytes;
             if (first_key + kKeys < key_end) load_keys(first_key + kKeys, stages + (stage ^ 1) * kStageBytes);
-            const int columns = min(kKeys, warp_query + 16 * kTiles - first_key);  // that this warp may see
-
-#pragma unroll 1
-            for (int column = 0; column < columns; column += 16) {
+            const auto step = [&](int column, auto masked) {
                 float s[kTiles][2][4] = {}, dp[kTiles][2][4];
 #pragma unroll
                 for (int t = 0; t < kTiles; ++t)
@@ -271,7 +254,7 @@ struct AttentionBackwardQueries {
                     for (int n = 0; n < 2; ++n)
 #pragma unroll
                         for (int i = 0; i < 4; ++i) s[t][n][i] = exp2_fast(s[t][n][i] * scale + shift[t][i / 2]);
-                if (first_key + column + 15 > warp_query) {
+                if (masked.value && first_key + column + 15 > warp_query) {
 #pragma unroll
                     for (int t = 0; t < kTiles; ++t)
 #pragma unroll
@@ -292,14 +275,23 @@ struct AttentionBackwardQueries {
                     pack_operand(ds[t], dp[t][0], dp[t][1]);
                 }
                 multiply_by_rows<kDim, kDepth, kTiles>(dq, ds, key_tile, offset_a, column);
+            };
+            if (first_key + kKeys <= first_query) {
+#pragma unroll
+                for (int column = 0; column < kKeys; column += 16) step(column, Constant<false>());
+            } else {
+                const int columns = min(kKeys, warp_query + 16 * kTiles - first_key);
+#pragma unroll 1
+                for (int column = 0; column < columns; column += 16) step(column, Constant<true>());
             }
         }
-        store_rows<kDepth, kTiles>(dqkv + token * stride + head * head_dim, stride, dq, root, warp_query, seq, head_dim);
+        store_rows<kDepth, kTiles>(dqkv + token * stride + head * head_dim, stride, dq, root, warp_query, seq,
+                                   head_dim);
     }
 };
 
-constexpr int kDeltaLanes = 8;     // that share a row
-constexpr int kDeltaTokens = 32;   // of a block
+constexpr int kDeltaLanes = 8;    // that share a row
+constexpr int kDeltaTokens = 32;  // of a block
 
 // The lane's part of out . dout over a head.
 __device__ __forceinline__ float partial_dot(const bf16* out, const bf16* dout, int head_dim, int lane) {
@@ -328,9 +320,9 @@ __device__ __forceinline__ float partial_dot(const bf16* out, const bf16* dout, 
 }  // namespace
 
 // delta = sum over head_dim of out * dout. Grid: (ceil(seq / 32), batch) blocks of 256 threads.
-extern "C" __global__ void __launch_bounds__(kDeltaLanes * kDeltaTokens)
-attention_delta(const bf16* __restrict__ out, const bf16* __restrict__ dout, float* __restrict__ delta, int seq, int heads,
-                int head_dim) {
+extern "C" __global__ void __launch_bounds__(kDeltaLanes* kDeltaTokens)
+    attention_delta(const bf16* __restrict__ out, const bf16* __restrict__ dout, float* __restrict__ delta, int seq,
+                    int heads, int head_dim) {
     const int lane = threadIdx.x % kDeltaLanes;
     const int token = blockIdx.x * kDeltaTokens + threadIdx.x / kDeltaLanes;
     const int64_t row = static_cast<int64_t>(blockIdx.y) * seq + min(token, seq - 1);
@@ -344,66 +336,60 @@ attention_delta(const bf16* __restrict__ out, const bf16* __restrict__ dout, flo
     }
 }
 
-// Grid: (kv_heads, batch, ceil(seq / 64)) blocks of 128 threads; 50176 bytes of dynamic shared memory.
+// head_dim <= 64, a multiple of 8. Grid: (kv_heads, batch, ceil(seq / 64)) blocks of 128 threads; 33792 bytes of
+// dynamic shared memory.
 extern "C" __global__ void __launch_bounds__(kAttentionThreads, 3)
-attention_backward_kv_64(const bf16* __restrict__ qkv, const bf16* __restrict__ dout, const float* __restrict__ log_sum_exp,
-                         const float* __restrict__ delta, bf16* __restrict__ dqkv, int batch, int seq, int heads,
-                         int kv_heads, int head_dim) {
-    if (head_dim % 8 == 0)
-        AttentionBackwardKeys<64, 64, true, 1, 64>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
-                                                        head_dim);
-    else
-        AttentionBackwardKeys<64, 64, false, 1, 64>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
+    attention_backward_kv_64(const bf16* __restrict__ qkv, const bf16* __restrict__ dout,
+                             const float* __restrict__ log_sum_exp, const float* __restrict__ delta,
+                             bf16* __restrict__ dqkv, int batch, int seq, int heads, int kv_heads, int head_dim) {
+    AttentionBackwardKeys<64, 64, true, 1, 64>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
+                                                    head_dim);
+}
+
+// head_dim <= 112. Grid: (kv_heads, batch, ceil(seq / 64)) blocks of 128 threads; 33280 bytes of dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2)
+    attention_backward_kv_112(const bf16* __restrict__ qkv, const bf16* __restrict__ dout,
+                              const float* __restrict__ log_sum_exp, const float* __restrict__ delta,
+                              bf16* __restrict__ dqkv, int batch, int seq, int heads, int kv_heads, int head_dim) {
+    AttentionBackwardKeys<128, 112, false, 1, 32>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
+                                                       head_dim);
+}
+
+// head_dim <= 128, a multiple of 8. Grid: (kv_heads, batch, ceil(seq / 64)) blocks of 128 threads; 33280 bytes of
+// dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2)
+    attention_backward_kv_128(const bf16* __restrict__ qkv, const bf16* __restrict__ dout,
+                              const float* __restrict__ log_sum_exp, const float* __restrict__ delta,
+                              bf16* __restrict__ dqkv, int batch, int seq, int heads, int kv_heads, int head_dim) {
+    AttentionBackwardKeys<128, 128, true, 1, 32>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
+                                                      head_dim);
+}
+
+// head_dim <= 64, a multiple of 8. Grid: (heads, batch, ceil(seq / 128)) blocks of 128 threads; 32768 bytes of dynamic
+// shared memory.
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2)
+    attention_backward_q_64(const bf16* __restrict__ qkv, const bf16* __restrict__ dout,
+                            const float* __restrict__ log_sum_exp, const float* __restrict__ delta,
+                            bf16* __restrict__ dqkv, int batch, int seq, int heads, int kv_heads, int head_dim) {
+    AttentionBackwardQueries<64, 64, true, 2, 64>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
+                                                       head_dim);
+}
+
+// head_dim <= 112. Grid: (heads, batch, ceil(seq / 64)) blocks of 128 threads; 32768 bytes of dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2)
+    attention_backward_q_112(const bf16* __restrict__ qkv, const bf16* __restrict__ dout,
+                             const float* __restrict__ log_sum_exp, const float* __restrict__ delta,
+                             bf16* __restrict__ dqkv, int batch, int seq, int heads, int kv_heads, int head_dim) {
+    AttentionBackwardQueries<128, 112, false, 1, 32>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
+                                                          head_dim);
+}
+
+// head_dim <= 128, a multiple of 8. Grid: (heads, batch, ceil(seq / 64)) blocks of 128 threads; 32768 bytes of dynamic
+// shared memory.
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2)
+    attention_backward_q_128(const bf16* __restrict__ qkv, const bf16* __restrict__ dout,
+                             const float* __restrict__ log_sum_exp, const float* __restrict__ delta,
+                             bf16* __restrict__ dqkv, int batch, int seq, int heads, int kv_heads, int head_dim) {
+    AttentionBackwardQueries<128, 128, true, 1, 32>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
                                                          head_dim);
-}
-
-// Grid: (kv_heads, batch, ceil(seq / 64)) blocks of 128 threads; 49664 bytes of dynamic shared memory.
-extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2)
-attention_backward_kv_128(const bf16* __restrict__ qkv, const bf16* __restrict__ dout, const float* __restrict__ log_sum_exp,
-                          const float* __restrict__ delta, bf16* __restrict__ dqkv, int batch, int seq, int heads,
-                          int kv_heads, int head_dim) {
-    if (head_dim % 8 == 0 && head_dim > 112)
-        AttentionBackwardKeys<128, 128, true, 1, 32>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
-                                                          head_dim);
-    else if (head_dim % 8 == 0)
-        AttentionBackwardKeys<128, 112, true, 1, 32>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
-                                                          head_dim);
-    else if (head_dim > 112)
-        AttentionBackwardKeys<128, 128, false, 1, 32>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
-                                                           head_dim);
-    else
-        AttentionBackwardKeys<128, 112, false, 1, 32>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
-                                                           head_dim);
-}
-
-// Grid: (heads, batch, ceil(seq / 128)) blocks of 128 threads; 32768 bytes of dynamic shared memory.
-extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2)
-attention_backward_q_64(const bf16* __restrict__ qkv, const bf16* __restrict__ dout, const float* __restrict__ log_sum_exp,
-                        const float* __restrict__ delta, bf16* __restrict__ dqkv, int batch, int seq, int heads,
-                        int kv_heads, int head_dim) {
-    if (head_dim % 8 == 0)
-        AttentionBackwardQueries<64, 64, true, 2, 64>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
-                                                           head_dim);
-    else
-        AttentionBackwardQueries<64, 64, false, 2, 64>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
-                                                            head_dim);
-}
-
-// Grid: (heads, batch, ceil(seq / 64)) blocks of 128 threads; 32768 bytes of dynamic shared memory.
-extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2)
-attention_backward_q_128(const bf16* __restrict__ qkv, const bf16* __restrict__ dout, const float* __restrict__ log_sum_exp,
-                         const float* __restrict__ delta, bf16* __restrict__ dqkv, int batch, int seq, int heads,
-                         int kv_heads, int head_dim) {
-    if (head_dim % 8 == 0 && head_dim > 112)
-        AttentionBackwardQueries<128, 128, true, 1, 32>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
-                                                             head_dim);
-    else if (head_dim % 8 == 0)
-        AttentionBackwardQueries<128, 112, true, 1, 32>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
-                                                             head_dim);
-    else if (head_dim > 112)
-        AttentionBackwardQueries<128, 128, false, 1, 32>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
-                                                              head_dim);
-    else
-        AttentionBackwardQueries<128, 112, false, 1, 32>::run(qkv, dout, log_sum_exp, delta, dqkv, seq, heads, kv_heads,
-                                                              head_dim);
 }

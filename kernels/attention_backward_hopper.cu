@@ -1,19 +1,20 @@
-// Gradients of causal attention on Hopper: from qkv (batch, seq, (heads + 2 kv_heads) * D), out and dout (batch, seq, heads * D)
-// bf16 and log_sum_exp (batch, heads, seq) f32, dqkv in the shape of qkv. One kernel for the queries, one for keys and values:
-// each forms the probabilities anew (7 products in all instead of 5), so that no sum leaves the registers before it is done
-// and all are taken in a fixed order.
+// Gradients of causal attention on Hopper: from qkv (batch, seq, (heads + 2 kv_heads) * D), out and dout (batch, seq,
+// heads * D) bf16 and log_sum_exp (batch, heads, seq) f32, dqkv in the shape of qkv. One kernel does the queries, one
+// keys and values, and each forms the probabilities anew: 7 products in all, where one kernel could do with 5, but no
+// sum leaves the registers before it is done, and all are taken in a fixed order.
 
 #include "attention_hopper.cuh"
 
 namespace {
 
-constexpr int kStatisticsRows = 128;  // queries of a block that forms statistics
-
-// Statistics of a query: its log-sum-exp as a power of two, infinite from seq on so that probabilities are zero there, and
-// delta = sum_d dout * out. They lie by head in blocks of 64 queries, 64 of the one and then 64 of the other.
+// Statistics of a query: its log-sum-exp as a power of two, infinite from seq on so that probabilities are zero there,
+// and delta = sum_d dout * out. They lie by head in blocks of 64 queries, 64 of the one and then 64 of the other.
 constexpr int kStatistics = 2 * kChunk;
+constexpr int kStatisticsRows = 128;  // queries of a block of threads that forms statistics
 
-__host__ __device__ constexpr int statistics_blocks(int seq) { return (seq + kStatisticsRows - 1) / kStatisticsRows * (kStatisticsRows / kChunk); }
+__host__ __device__ constexpr int statistics_blocks(int seq) {
+    return (seq + kStatisticsRows - 1) / kStatisticsRows * (kStatisticsRows / kChunk);
+}
 
 // A block is one warpgroup that only copies, and some that form the gradients of 64 keys (or queries) each.
 template <int kHeadDim>
@@ -33,11 +34,10 @@ struct QueryShape {
     static constexpr int kWarpgroups = kHeadDim == 64 ? 3 : 2;
     static constexpr int kQueries = kWarpgroups * kChunk;
     static constexpr int kKeys = 64;  // in one step
-    static constexpr int kStages = kHeadDim == 64 ? 6 : 3;
-    static constexpr bool kFactorsInRegisters = false;  // queries and gradients of the output
+    static constexpr int kStages = kHeadDim == 64 ? 5 : 3;
     static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroup;
-    static constexpr int kCopyRegisters = kWarpgroups == 3 ? 32 : 24;
-    static constexpr int kRegisters = kWarpgroups == 3 ? 160 : 240;
+    static constexpr int kCopyRegisters = kWarpgroups == 3 ? 32 : 40;
+    static constexpr int kRegisters = kWarpgroups == 3 ? 160 : 232;
 };
 
 template <int kHeadDim>
@@ -47,7 +47,7 @@ struct KeyShared {
     bf16 value[KeyShape<kHeadDim>::kKeys * kHeadDim];
     bf16 query[kStages][kQueries * kHeadDim];
     bf16 dout[kStages][kQueries * kHeadDim];
-    bf16 scratch[KeyShape<kHeadDim>::kKeys * kHeadDim];
+    bf16 scratch[KeyShape<kHeadDim>::kKeys * kPanel];
     float statistics[kStages][2 * kQueries];
     uint64_t key_full, full[kStages], empty[kStages];
 };
@@ -59,12 +59,14 @@ struct QueryShared {
     bf16 dout[QueryShape<kHeadDim>::kQueries * kHeadDim];
     bf16 key[kStages][kKeys * kHeadDim];
     bf16 value[kStages][kKeys * kHeadDim];
-    bf16 scratch[QueryShape<kHeadDim>::kQueries * kHeadDim];
-    uint64_t query_full, query_empty, key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
+    bf16 scratch[QueryShape<kHeadDim>::kQueries * kPanel];
+    float statistics[QueryShape<kHeadDim>::kWarpgroups][kStatistics];
+    uint64_t query_full, query_empty, full[kStages], empty[kStages];
+    Tile tile;  // of the queries
 };
 
-static_assert(sizeof(KeyShared<64>) == 150632 && sizeof(KeyShared<128>) == 198200, "as the launch contract below says");
-static_assert(sizeof(QueryShared<64>) == 172240 && sizeof(QueryShared<128>) == 196720);
+static_assert(sizeof(KeyShared<64>) == 150632 && sizeof(KeyShared<128>) == 181816, "as the launch contract below says");
+static_assert(sizeof(QueryShared<64>) == 157296 && sizeof(QueryShared<128>) == 181328);
 
 // Transposed throughout: a warpgroup has 64 keys, and its products are (keys, queries).
 template <int kHeadDim>
@@ -89,7 +91,11 @@ __device__ __forceinline__ void key_gradients(const CUtensorMap* qkv, const CUte
     __syncthreads();
 
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0) - 1;  // -1: the one that copies
-    const int first_key = blockIdx.x * kKeys, kv_head = blockIdx.y, batch = blockIdx.z, group = heads / kv_heads;
+    const int group = heads / kv_heads;
+    const int64_t query_bytes = static_cast<int64_t>(seq) * head_dim * group * 2 * sizeof(bf16);  // and dout
+    const TileOrder order(gridDim.z, kv_heads, gridDim.x, query_bytes);
+    const Tile tile = order.tile((blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x);
+    const int first_key = tile.rank * kKeys, kv_head = tile.head, batch = tile.batch;
     const int key_column = (heads + kv_head) * head_dim, value_column = key_column + kv_heads * head_dim;
     const int first_query = first_key / kQueries * kQueries;
 
@@ -129,9 +135,10 @@ __device__ __forceinline__ void key_gradients(const CUtensorMap* qkv, const CUte
         float s[kQueries / 2], dp[kQueries / 2];
         uint32_t p_factor[kQueries / 16][4], ds_factor[kQueries / 16][4];
 
+        const Turns<kWarpgroups> turns{warpgroup};
         barrier_wait(&shared.key_full, 0);
-        zero_columns<kKeys, kHeadDim>(key, head_dim, 1 + warpgroup);
-        zero_columns<kKeys, kHeadDim>(value, head_dim, 1 + warpgroup);
+        zero_columns<kKeys, kHeadDim>(key, head_dim, turns.own_barrier());
+        zero_columns<kKeys, kHeadDim>(value, head_dim, turns.own_barrier());
         uint32_t key_factor[kHeadDim / 16][4], value_factor[kHeadDim / 16][4];
         if constexpr (Shape::kFactorsInRegisters) {
             load_left_factor<kHeadDim, kKeys>(key_factor, key);
@@ -140,10 +147,12 @@ __device__ __forceinline__ void key_gradients(const CUtensorMap* qkv, const CUte
         const auto multiply_scores = [&](const bf16* queries) {
             if constexpr (Shape::kFactorsInRegisters) multiply_transposed<kHeadDim, kQueries>(s, key_factor, queries);
             else multiply_transposed<kHeadDim, kKeys, kQueries>(s, key, queries);
+            wgmma_commit();
         };
         const auto multiply_dp = [&](const bf16* douts) {
             if constexpr (Shape::kFactorsInRegisters) multiply_transposed<kHeadDim, kQueries>(dp, value_factor, douts);
             else multiply_transposed<kHeadDim, kKeys, kQueries>(dp, value, douts);
+            wgmma_commit();
         };
 
         // The scores of a step become probabilities, and those times dp - delta gradients of the scores.
@@ -185,30 +194,26 @@ __device__ __forceinline__ void key_gradients(const CUtensorMap* qkv, const CUte
                 barrier_wait(&shared.full[ring.stage], ring.phase);
                 warp_arrive(&shared.empty[ring.stage]);
                 ring.advance();
+                turns.take();
+                turns.pass();
             }
             barrier_wait(&shared.full[ring.stage], ring.phase);
         };
 
+        turns.begin();
         wait_for_step();
         int i = ring.stage;
         wgmma_fence();
         multiply_scores(shared.query[i]);
-        wgmma_commit();
         multiply_dp(shared.dout[i]);
-        wgmma_commit();
         wgmma_wait<1>();
         to_probabilities(query, shared.statistics[i]);
         to_left_factor<kQueries>(p_factor, s);
-        wgmma_fence();
-        multiply_add<kHeadDim, kQueries>(dv, p_factor, shared.dout[i]);
-        wgmma_commit();
-        wgmma_wait<1>();
+        wgmma_wait<0>();
         to_score_gradients(shared.statistics[i]);
         to_left_factor<kQueries>(ds_factor, s);
-        if constexpr (kHeadDim > 64) wgmma_wait<0>();
 
-        // From here on products end in the order s, dk of the step before, dp, dv: each is under way during the next one's
-        // preparation.
+        // From here on the gradients of a step are added while the probabilities of the next one are formed.
         for (int step = 1; step < steps; ++step) {
             const int before = i;
             ring.advance();
@@ -216,44 +221,56 @@ __device__ __forceinline__ void key_gradients(const CUtensorMap* qkv, const CUte
             if (query >= seq) query = first_query;
             wait_for_step();
             i = ring.stage;
+            const auto add_gradients = [&] {
+                multiply_add<kHeadDim, kQueries>(dk, ds_factor, shared.query[before]);
+                multiply_add<kHeadDim, kQueries>(dv, p_factor, shared.dout[before]);
+                wgmma_commit();
+            };
+            turns.take();
             wgmma_fence();
-            multiply_scores(shared.query[i]);
-            wgmma_commit();
-            multiply_add<kHeadDim, kQueries>(dk, ds_factor, shared.query[before]);
-            wgmma_commit();
-            if constexpr (kHeadDim == 64) wgmma_wait<2>();  // dv of the step before: its factor's registers are free
-            multiply_dp(shared.dout[i]);
-            wgmma_commit();
-            wgmma_wait<(kHeadDim == 64 ? 2 : 1)>();
+            if constexpr (kHeadDim == 64) {
+                multiply_scores(shared.query[i]);
+                multiply_dp(shared.dout[i]);
+                add_gradients();
+                turns.pass();
+                wgmma_wait<2>();
+            } else {  // dp only when the registers of the gradients' factors are free
+                add_gradients();
+                multiply_scores(shared.query[i]);
+                wgmma_wait<0>();
+                wgmma_fence();
+                multiply_dp(shared.dout[i]);
+                turns.pass();
+            }
             to_probabilities(query, shared.statistics[i]);
-            to_left_factor<kQueries>(p_factor, s);
-            wgmma_fence();
-            multiply_add<kHeadDim, kQueries>(dv, p_factor, shared.dout[i]);
-            wgmma_commit();
-            wgmma_wait<1>();
+            wgmma_wait<0>();
             warp_arrive(&shared.empty[before]);
+            to_left_factor<kQueries>(p_factor, s);
             to_score_gradients(shared.statistics[i]);
             to_left_factor<kQueries>(ds_factor, s);
-            if constexpr (kHeadDim > 64) wgmma_wait<0>();  // registers are scarce
         }
         wgmma_fence();
         multiply_add<kHeadDim, kQueries>(dk, ds_factor, shared.query[i]);
+        multiply_add<kHeadDim, kQueries>(dv, p_factor, shared.dout[i]);
         wgmma_commit();
         wgmma_wait<0>();
 
         const int row = first_key + warpgroup * kChunk + warp * 16;
         const int64_t width = static_cast<int64_t>(heads + 2 * kv_heads) * head_dim;
         bf16* to = dqkv + (static_cast<int64_t>(batch) * seq + row) * width;
-        bf16* scratch = shared.scratch + (warpgroup * kChunk + warp * 16) * kHeadDim;
+        bf16* scratch = shared.scratch + (warpgroup * kChunk + warp * 16) * kPanel;
         store_rows<kHeadDim>(dk, scale, scale, scratch, to + key_column, width, seq - row, head_dim);
         store_rows<kHeadDim>(dv, 1.f, 1.f, scratch, to + value_column, width, seq - row, head_dim);
     }
 }
 
+__device__ unsigned int query_tiles_taken;
+
 // A warpgroup has 64 queries, and its products are (queries, keys).
 template <int kHeadDim>
-__device__ __forceinline__ void query_gradients(const CUtensorMap* qkv, const CUtensorMap* dout, const float* statistics,
-                                                bf16* dqkv, int batch, int seq, int heads, int kv_heads, int head_dim) {
+__device__ __forceinline__ void query_gradients(const CUtensorMap* qkv, const CUtensorMap* dout,
+                                                const float* statistics, bf16* dqkv, int batch, int seq, int heads,
+                                                int kv_heads, int head_dim) {
     using Shape = QueryShape<kHeadDim>;
     constexpr int kStages = Shape::kStages, kWarpgroups = Shape::kWarpgroups;
     constexpr int kKeys = Shape::kKeys, kQueries = Shape::kQueries;
@@ -266,64 +283,76 @@ __device__ __forceinline__ void query_gradients(const CUtensorMap* qkv, const CU
         barrier_init(&shared.query_full, 1);
         barrier_init(&shared.query_empty, kWarpgroups * 4);
         for (int i = 0; i < kStages; ++i) {
-            barrier_init(&shared.key_full[i], 1);
-            barrier_init(&shared.key_empty[i], kWarpgroups * 4);
-            barrier_init(&shared.value_full[i], 1);
-            barrier_init(&shared.value_empty[i], kWarpgroups * 4);
+            barrier_init(&shared.full[i], 1);
+            barrier_init(&shared.empty[i], kWarpgroups * 4);
         }
         barrier_init_fence();
     }
     __syncthreads();
 
-    const TileOrder order(batch, seq, heads, kv_heads, head_dim, kQueries);
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0) - 1;  // -1: the one that copies
-    const int group = heads / kv_heads;
+    const int group = heads / kv_heads, row_tiles = (seq + kQueries - 1) / kQueries;
     const auto last_block = [&](int row) { return min(row, seq - 1) / kKeys * kKeys; };  // of keys that `row` sees
 
     if (warpgroup < 0) {
         fewer_registers<Shape::kCopyRegisters>();
         if (threadIdx.x > 0) return;
+        const int64_t kv_bytes = static_cast<int64_t>(seq) * head_dim * 2 * sizeof(bf16);
+        const TileOrder order(batch, heads, row_tiles, (kv_bytes + group - 1) / group);
         Ring<kStages> ring;
         uint32_t tile_phase = 0;
-        for (int round = 0; round < order.rounds; ++round) {
-            Tile tile;
-            if (!order.tile(round, tile)) continue;
-            const int key_column = (heads + tile.head / group) * head_dim;
+        int index = blockIdx.x;
+        while (index < order.tiles()) {
+            const int next = next_tile(&query_tiles_taken, order.tiles());
+            const Tile tile = order.tile(index);
+            const int tile_row = (row_tiles - 1 - tile.rank) * kQueries;
+            const int query_column = tile.head * head_dim, key_column = (heads + tile.head / group) * head_dim;
+            const int value_column = key_column + kv_heads * head_dim;
+            const int first_block = tile_row / kChunk, head_blocks = statistics_blocks(seq);
+            const uint32_t statistics_bytes =
+                min(kWarpgroups, head_blocks - first_block) * kStatistics * sizeof(float);
+            const int64_t head = static_cast<int64_t>(tile.batch) * heads + tile.head;
             barrier_wait(&shared.query_empty, tile_phase ^ 1);
-            barrier_expect(&shared.query_full, sizeof(shared.query) + sizeof(shared.dout));
-            load_tile<kQueries, kHeadDim>(shared.query, qkv, &shared.query_full, tile.head * head_dim, tile.row, tile.batch);
-            load_tile<kQueries, kHeadDim>(shared.dout, dout, &shared.query_full, tile.head * head_dim, tile.row, tile.batch);
+            shared.tile = tile;
+            barrier_expect(&shared.query_full, sizeof(shared.query) + sizeof(shared.dout) + statistics_bytes);
+            load_bytes(shared.statistics, statistics + (head * head_blocks + first_block) * kStatistics,
+                       &shared.query_full, statistics_bytes);
+            load_tile<kQueries, kHeadDim>(shared.query, qkv, &shared.query_full, query_column, tile_row, tile.batch);
+            load_tile<kQueries, kHeadDim>(shared.dout, dout, &shared.query_full, query_column, tile_row, tile.batch);
             tile_phase ^= 1;
-            for (int key = last_block(tile.row + kQueries - 1); key >= 0; key -= kKeys) {
+            for (int key = last_block(tile_row + kQueries - 1); key >= 0; key -= kKeys) {
                 const int i = ring.stage;
-                barrier_wait(&shared.key_empty[i], ring.phase ^ 1);
-                barrier_expect(&shared.key_full[i], sizeof(shared.key[i]));
-                load_tile<kKeys, kHeadDim>(shared.key[i], qkv, &shared.key_full[i], key_column, key, tile.batch);
-                barrier_wait(&shared.value_empty[i], ring.phase ^ 1);
-                barrier_expect(&shared.value_full[i], sizeof(shared.value[i]));
-                load_tile<kKeys, kHeadDim>(shared.value[i], qkv, &shared.value_full[i],
-                                           key_column + kv_heads * head_dim, key, tile.batch);
+                barrier_wait(&shared.empty[i], ring.phase ^ 1);
+                barrier_expect(&shared.full[i], sizeof(shared.key[i]) + sizeof(shared.value[i]));
+                load_tile<kKeys, kHeadDim>(shared.key[i], qkv, &shared.full[i], key_column, key, tile.batch);
+                load_tile<kKeys, kHeadDim>(shared.value[i], qkv, &shared.full[i], value_column, key, tile.batch);
                 ring.advance();
             }
+            index = next;
         }
+        barrier_wait(&shared.query_empty, tile_phase ^ 1);
+        shared.tile.rank = -1;
+        barrier_arrive(&shared.query_full);
     } else {
         more_registers<Shape::kRegisters>();
         const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
         const float scale = 1.f / sqrtf(static_cast<float>(head_dim)), scale2 = scale * kLog2e;
         bf16* query = shared.query + warpgroup * kBox;
         bf16* query_dout = shared.dout + warpgroup * kBox;
-        bf16* scratch = shared.scratch + (warpgroup * kChunk + warp * 16) * kHeadDim;
+        bf16* scratch = shared.scratch + (warpgroup * kChunk + warp * 16) * kPanel;
 
+        const Turns<kWarpgroups> turns{warpgroup};
+        turns.begin();
         Ring<kStages> ring;
         uint32_t tile_phase = 0;
-        for (int round = 0; round < order.rounds; ++round) {
-            Tile tile;
-            if (!order.tile(round, tile)) continue;
-            const int row = tile.row + warpgroup * kChunk + warp * 16;
-            const int64_t head = static_cast<int64_t>(tile.batch) * heads + tile.head;
-            const int own_block = min(row / kChunk, statistics_blocks(seq) - 1);  // rows from seq on may have none
-            const float* own_statistics =
-                statistics + (head * statistics_blocks(seq) + own_block) * kStatistics + warp * 16 + lane / 4;
+        while (true) {
+            barrier_wait(&shared.query_full, tile_phase);
+            tile_phase ^= 1;
+            const Tile tile = shared.tile;
+            if (tile.rank < 0) break;
+            const int tile_row = (row_tiles - 1 - tile.rank) * kQueries;
+            const int row = tile_row + warpgroup * kChunk + warp * 16;
+            const float* own_statistics = shared.statistics[warpgroup] + warp * 16 + lane / 4;
             const float log_sum[2] = {own_statistics[0], own_statistics[8]};
             const float delta[2] = {own_statistics[kChunk], own_statistics[kChunk + 8]};
 
@@ -331,27 +360,13 @@ __device__ __forceinline__ void query_gradients(const CUtensorMap* qkv, const CU
             float s[kKeys / 2], dp[kKeys / 2];
             uint32_t ds_factor[kKeys / 16][4];
 
-            barrier_wait(&shared.query_full, tile_phase);
-            tile_phase ^= 1;
-            zero_columns<kQueries, kHeadDim>(query, head_dim, 1 + warpgroup);
-            zero_columns<kQueries, kHeadDim>(query_dout, head_dim, 1 + warpgroup);
-            uint32_t query_factor[kHeadDim / 16][4], dout_factor[kHeadDim / 16][4];
-            if constexpr (Shape::kFactorsInRegisters) {
-                load_left_factor<kHeadDim, kQueries>(query_factor, query);
-                load_left_factor<kHeadDim, kQueries>(dout_factor, query_dout);
-                warp_arrive(&shared.query_empty);
-            }
-            const auto multiply_scores = [&](const bf16* keys) {
-                if constexpr (Shape::kFactorsInRegisters) multiply_transposed<kHeadDim, kKeys>(s, query_factor, keys);
-                else multiply_transposed<kHeadDim, kQueries, kKeys>(s, query, keys);
-            };
-            const auto multiply_dp = [&](const bf16* values) {
-                if constexpr (Shape::kFactorsInRegisters) multiply_transposed<kHeadDim, kKeys>(dp, dout_factor, values);
-                else multiply_transposed<kHeadDim, kQueries, kKeys>(dp, query_dout, values);
-            };
+            zero_columns<kQueries, kHeadDim>(query, head_dim, turns.own_barrier());
+            zero_columns<kQueries, kHeadDim>(query_dout, head_dim, turns.own_barrier());
+            uint32_t query_factor[kHeadDim / 16][4];
+            load_left_factor<kHeadDim, kQueries>(query_factor, query);
 
             const auto to_probabilities = [&](int block) {
-                if (block + kKeys > tile.row + warpgroup * kChunk) {
+                if (block + kKeys > tile_row + warpgroup * kChunk) {
                     const int diagonal = row + lane / 4 - block;
 #pragma unroll
                     for (int i = 0; i < kKeys / 2; ++i)
@@ -366,60 +381,57 @@ __device__ __forceinline__ void query_gradients(const CUtensorMap* qkv, const CU
             };
 
             // Blocks of keys that only the warpgroups after this one see.
-            int block = last_block(tile.row + kQueries - 1);
+            int block = last_block(tile_row + kQueries - 1);
 #pragma unroll 1
-            for (; block > last_block(tile.row + (warpgroup + 1) * kChunk - 1); block -= kKeys) {
-                barrier_wait(&shared.key_full[ring.stage], ring.phase);
-                warp_arrive(&shared.key_empty[ring.stage]);
-                barrier_wait(&shared.value_full[ring.stage], ring.phase);
-                warp_arrive(&shared.value_empty[ring.stage]);
+            for (; block > last_block(tile_row + (warpgroup + 1) * kChunk - 1); block -= kKeys) {
+                barrier_wait(&shared.full[ring.stage], ring.phase);
+                warp_arrive(&shared.empty[ring.stage]);
                 ring.advance();
+                turns.take();
+                turns.pass();
             }
 
-            barrier_wait(&shared.key_full[ring.stage], ring.phase);
+            int i = ring.stage;
+            barrier_wait(&shared.full[i], ring.phase);
             wgmma_fence();
-            multiply_scores(shared.key[ring.stage]);
+            multiply_transposed<kHeadDim, kKeys>(s, query_factor, shared.key[i]);
             wgmma_commit();
-            barrier_wait(&shared.value_full[ring.stage], ring.phase);
-            wgmma_fence();
-            multiply_dp(shared.value[ring.stage]);
+            multiply_transposed<kHeadDim, kQueries, kKeys>(dp, query_dout, shared.value[i]);
             wgmma_commit();
             wgmma_wait<1>();
             to_probabilities(block);
             wgmma_wait<0>();
-            warp_arrive(&shared.value_empty[ring.stage]);
             to_score_gradients();
             to_left_factor<kKeys>(ds_factor, s);
 
-            // From here on products end in the order s, dq of the block before, dp.
+            // From here on the gradients of a block are added while the probabilities of the next one are formed.
             for (block -= kKeys; block >= 0; block -= kKeys) {
-                const int before = ring.stage;
+                const int before = i;
                 ring.advance();
-                const int i = ring.stage;
-                barrier_wait(&shared.key_full[i], ring.phase);
+                i = ring.stage;
+                barrier_wait(&shared.full[i], ring.phase);
+                turns.take();
                 wgmma_fence();
-                multiply_scores(shared.key[i]);
+                multiply_transposed<kHeadDim, kKeys>(s, query_factor, shared.key[i]);
                 wgmma_commit();
                 multiply_add<kHeadDim, kKeys>(dq, ds_factor, shared.key[before]);
                 wgmma_commit();
-                barrier_wait(&shared.value_full[i], ring.phase);
-                wgmma_fence();
-                multiply_dp(shared.value[i]);
+                multiply_transposed<kHeadDim, kQueries, kKeys>(dp, query_dout, shared.value[i]);
                 wgmma_commit();
+                turns.pass();
                 wgmma_wait<2>();
                 to_probabilities(block);
                 wgmma_wait<0>();
-                warp_arrive(&shared.key_empty[before]);
-                warp_arrive(&shared.value_empty[i]);
+                warp_arrive(&shared.empty[before]);
                 to_score_gradients();
                 to_left_factor<kKeys>(ds_factor, s);
             }
-            if constexpr (!Shape::kFactorsInRegisters) warp_arrive(&shared.query_empty);
+            warp_arrive(&shared.query_empty);
             wgmma_fence();
-            multiply_add<kHeadDim, kKeys>(dq, ds_factor, shared.key[ring.stage]);
+            multiply_add<kHeadDim, kKeys>(dq, ds_factor, shared.key[i]);
             wgmma_commit();
             wgmma_wait<0>();
-            warp_arrive(&shared.key_empty[ring.stage]);
+            warp_arrive(&shared.empty[i]);
             ring.advance();
 
             const int64_t width = static_cast<int64_t>(heads + 2 * kv_heads) * head_dim;
@@ -431,8 +443,8 @@ __device__ __forceinline__ void query_gradients(const CUtensorMap* qkv, const CU
 
 }  // namespace
 
-// Statistics of all queries: f32, batch * heads * ceil(seq / 128) * 256 of them. Grid: (ceil(seq / 128), heads, batch) blocks
-// of 256 threads. head_dim: a multiple of 8.
+// Statistics of all queries: f32, batch * heads * ceil(seq / 128) * 256 of them, 16-byte aligned. head_dim <= 128, a
+// multiple of 8. Grid: (ceil(seq / 128), heads, batch) blocks of 256 threads.
 extern "C" __global__ void __launch_bounds__(256)
 attention_statistics_hopper(const bf16* __restrict__ out, const bf16* __restrict__ dout,
                             const float* __restrict__ log_sum_exp, float* __restrict__ statistics, int seq, int heads,
@@ -440,7 +452,8 @@ attention_statistics_hopper(const bf16* __restrict__ out, const bf16* __restrict
     constexpr int kLanes = 8;  // share a query, eight columns each at a time
     const int head = blockIdx.y, batch = blockIdx.z, lane = threadIdx.x % kLanes;
     const int64_t all_head = static_cast<int64_t>(batch) * heads + head;
-    float* to = statistics + (all_head * statistics_blocks(seq) + blockIdx.x * (kStatisticsRows / kChunk)) * kStatistics;
+    const int64_t first_block = all_head * statistics_blocks(seq) + blockIdx.x * (kStatisticsRows / kChunk);
+    float* to = statistics + first_block * kStatistics;
 #pragma unroll
     for (int i = threadIdx.x / kLanes; i < kStatisticsRows; i += 256 / kLanes) {
         const int row = blockIdx.x * kStatisticsRows + i;
@@ -465,8 +478,8 @@ attention_statistics_hopper(const bf16* __restrict__ out, const bf16* __restrict
     }
 }
 
-// Columns of keys and values of dqkv. Grid: (ceil(seq / 128), kv_heads, batch) blocks of 384 threads. head_dim <= 64, a
-// multiple of 8. qkv and dout: tensor maps, see attention_hopper.cuh.
+// Columns of keys and values of dqkv. head_dim <= 64, a multiple of 8. qkv and dout: maps for load_tile.
+// Grid: (ceil(seq / 128), kv_heads, batch) blocks of 384 threads with 150632 bytes of dynamic shared memory.
 extern "C" __global__ void __launch_bounds__(KeyShape<64>::kThreads, 1)
 attention_key_gradients_hopper_64(const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout,
                                   const float* __restrict__ statistics, bf16* __restrict__ dqkv, int seq, int heads,
@@ -474,7 +487,7 @@ attention_key_gradients_hopper_64(const __grid_constant__ CUtensorMap qkv, const
     key_gradients<64>(&qkv, &dout, statistics, dqkv, seq, heads, kv_heads, head_dim);
 }
 
-// The same with 64 < head_dim <= 128.
+// The same for 64 < head_dim <= 128 with 181816 bytes.
 extern "C" __global__ void __launch_bounds__(KeyShape<128>::kThreads, 1)
 attention_key_gradients_hopper_128(const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout,
                                    const float* __restrict__ statistics, bf16* __restrict__ dqkv, int seq, int heads,
@@ -482,8 +495,9 @@ attention_key_gradients_hopper_128(const __grid_constant__ CUtensorMap qkv, cons
     key_gradients<128>(&qkv, &dout, statistics, dqkv, seq, heads, kv_heads, head_dim);
 }
 
-// Columns of queries of dqkv. Grid: any number of blocks, best one a multiprocessor, of 512 threads. head_dim <= 64, a
-// multiple of 8. qkv and dout: tensor maps, see attention_hopper.cuh.
+// Columns of queries of dqkv. head_dim <= 64, a multiple of 8. qkv and dout: maps for load_tile.
+// Grid: any number of blocks, best one a multiprocessor, of 512 threads with 157296 bytes of dynamic shared memory.
+// Launches must not overlap.
 extern "C" __global__ void __launch_bounds__(QueryShape<64>::kThreads, 1)
 attention_query_gradients_hopper_64(const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout,
                                     const float* __restrict__ statistics, bf16* __restrict__ dqkv, int batch, int seq,
@@ -491,7 +505,7 @@ attention_query_gradients_hopper_64(const __grid_constant__ CUtensorMap qkv, con
     query_gradients<64>(&qkv, &dout, statistics, dqkv, batch, seq, heads, kv_heads, head_dim);
 }
 
-// The same with 64 < head_dim <= 128.
+// The same for 64 < head_dim <= 128 with 384 threads and 181328 bytes.
 extern "C" __global__ void __launch_bounds__(QueryShape<128>::kThreads, 1)
 attention_query_gradients_hopper_128(const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout,
                                      const float* __restrict__ statistics, bf16* __restrict__ dqkv, int batch, int seq,

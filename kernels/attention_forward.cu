@@ -1,5 +1,5 @@
 // Causal grouped-query attention: qkv (batch, seq, (heads + 2 kv_heads) * head_dim) bf16 -> out (batch, seq,
-// heads * head_dim) bf16 and log_sum_exp (batch, heads, seq) f32; head_dim any multiple of 4 up to 128.
+// heads * head_dim) bf16 and log_sum_exp (batch, heads, seq) f32; head_dim a multiple of 8, or of 4 up to 112.
 
 #include "attention_tiles.cuh"
 
@@ -37,7 +37,8 @@ struct AttentionForward {
         const auto load_keys = [&](int first_key, uint32_t tile) {
             const bf16* source = keys + static_cast<int64_t>(first_key) * stride;
             load_tile<kKeys, kDim, kAligned>(tile, source, stride, seq - first_key, head_dim);
-            load_tile<kKeys, kDim, kAligned>(tile + kTileBytes, source + value_offset, stride, seq - first_key, head_dim);
+            load_tile<kKeys, kDim, kAligned>(tile + kTileBytes, source + value_offset, stride, seq - first_key,
+                                             head_dim);
             copy_async_commit();
         };
         load_tile<kRows, kDim, kAligned>(query_tile, queries, stride, seq - first_query, head_dim);
@@ -169,26 +170,25 @@ struct AttentionForward {
 
 }  // namespace
 
-// Grid: (heads, batch, ceil(seq / 128)) blocks of 128 threads; 32768 bytes of dynamic shared memory.
+// head_dim <= 64, a multiple of 8. Grid: (heads, batch, ceil(seq / 128)) blocks of 128 threads; 32768 bytes of dynamic
+// shared memory.
 extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2)
-attention_forward_64(const bf16* __restrict__ qkv, bf16* __restrict__ out, float* __restrict__ log_sum_exp, int batch,
-                     int seq, int heads, int kv_heads, int head_dim) {
-    if (head_dim % 8 == 0)
-        AttentionForward<64, 64, true, 2, 64, true>::run(qkv, out, log_sum_exp, seq, heads, kv_heads, head_dim);
-    else
-        AttentionForward<64, 64, false, 2, 64, true>::run(qkv, out, log_sum_exp, seq, heads, kv_heads, head_dim);
+    attention_forward_64(const bf16* __restrict__ qkv, bf16* __restrict__ out, float* __restrict__ log_sum_exp,
+                         int batch, int seq, int heads, int kv_heads, int head_dim) {
+    AttentionForward<64, 64, true, 2, 64, true>::run(qkv, out, log_sum_exp, seq, heads, kv_heads, head_dim);
 }
 
-// Grid: (heads, batch, ceil(seq / 64)) blocks of 128 threads; 32768 bytes of dynamic shared memory.
+// head_dim <= 112. Grid: (heads, batch, ceil(seq / 128)) blocks of 128 threads; 65536 bytes of dynamic shared memory.
+extern "C" __global__ void __launch_bounds__(kAttentionThreads, 2)
+    attention_forward_112(const bf16* __restrict__ qkv, bf16* __restrict__ out, float* __restrict__ log_sum_exp,
+                          int batch, int seq, int heads, int kv_heads, int head_dim) {
+    AttentionForward<128, 112, false, 2, 32, false>::run(qkv, out, log_sum_exp, seq, heads, kv_heads, head_dim);
+}
+
+// head_dim <= 128, a multiple of 8. Grid: (heads, batch, ceil(seq / 64)) blocks of 128 threads; 32768 bytes of dynamic
+// shared memory.
 extern "C" __global__ void __launch_bounds__(kAttentionThreads, 3)
-attention_forward_128(const bf16* __restrict__ qkv, bf16* __restrict__ out, float* __restrict__ log_sum_exp, int batch,
-                      int seq, int heads, int kv_heads, int head_dim) {
-    if (head_dim % 8 == 0 && head_dim > 112)
-        AttentionForward<128, 128, true, 1, 32, true>::run(qkv, out, log_sum_exp, seq, heads, kv_heads, head_dim);
-    else if (head_dim % 8 == 0)
-        AttentionForward<128, 112, true, 1, 32, true>::run(qkv, out, log_sum_exp, seq, heads, kv_heads, head_dim);
-    else if (head_dim > 112)
-        AttentionForward<128, 128, false, 1, 32, true>::run(qkv, out, log_sum_exp, seq, heads, kv_heads, head_dim);
-    else
-        AttentionForward<128, 112, false, 1, 32, true>::run(qkv, out, log_sum_exp, seq, heads, kv_heads, head_dim);
+    attention_forward_128(const bf16* __restrict__ qkv, bf16* __restrict__ out, float* __restrict__ log_sum_exp,
+                          int batch, int seq, int heads, int kv_heads, int head_dim) {
+    AttentionForward<128, 128, true, 1, 32, true>::run(qkv, out, log_sum_exp, seq, heads, kv_heads, head_dim);
 }

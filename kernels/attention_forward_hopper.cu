@@ -1,5 +1,5 @@
-// Causal attention, softmax(q . k^T / sqrt(D)) . v, on Hopper: qkv (batch, seq, (heads + 2 kv_heads) * D) bf16, out (batch,
-// seq, heads * D) bf16, log_sum_exp (batch, heads, seq) f32; D = head_dim. A query head reads kv head h / (heads / kv_heads).
+// Causal attention, softmax(q . k^T / sqrt(D)) . v, on Hopper: qkv (batch, seq, (heads + 2 kv_heads) * D) bf16, out
+// (batch, seq, heads * D) bf16, log_sum_exp (batch, heads, seq) f32. Query head h reads kv head h / (heads / kv_heads).
 
 #include "attention_hopper.cuh"
 
@@ -12,21 +12,24 @@ template <int kHeadDim>
 struct Shape {
     static constexpr int kWarpgroups = kHeadDim == 64 ? 3 : 2;
     static constexpr int kQueries = kWarpgroups * kChunk;
-    static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
+    static constexpr int kStages = kHeadDim == 64 ? 3 : 2;
     static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroup;
-    static constexpr int kCopyRegisters = kHeadDim == 64 ? 32 : 24;
-    static constexpr int kRegisters = kHeadDim == 64 ? 160 : 240;
+    static constexpr int kCopyRegisters = kHeadDim == 64 ? 32 : 40;
+    static constexpr int kRegisters = kHeadDim == 64 ? 160 : 232;
 };
 
 template <int kHeadDim>
 struct Shared {
     static constexpr int kStages = Shape<kHeadDim>::kStages;
     bf16 query[Shape<kHeadDim>::kQueries * kHeadDim];
-    bf16 out[Shape<kHeadDim>::kQueries * kHeadDim];
+    bf16 scratch[Shape<kHeadDim>::kQueries * kPanel];
     bf16 key[kStages][kKeys * kHeadDim];
     bf16 value[kStages][kKeys * kHeadDim];
     uint64_t query_full, query_empty, key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
+    Tile tile;  // of the queries
 };
+
+__device__ unsigned int tiles_taken;
 
 // The last block of keys that a query at `row` may see; rows from seq on count as the last one.
 __device__ __forceinline__ int last_key_block(int row, int seq) { return min(row, seq - 1) / kKeys; }
@@ -62,7 +65,7 @@ __device__ __forceinline__ void softmax_step(float (&s)[kKeys / 2], float (&row_
     }
 }
 
-static_assert(sizeof(Shared<64>) == 180368 && sizeof(Shared<128>) == 196688, "as the launch contract below says");
+static_assert(sizeof(Shared<64>) == 147584 && sizeof(Shared<128>) == 180320, "as the launch contract below says");
 
 template <int kHeadDim>
 __device__ __forceinline__ void attention_forward(const CUtensorMap* qkv, bf16* out, float* log_sum_exp, int batch,
@@ -86,26 +89,30 @@ __device__ __forceinline__ void attention_forward(const CUtensorMap* qkv, bf16* 
     }
     __syncthreads();
 
-    const TileOrder order(batch, seq, heads, kv_heads, head_dim, kQueries);
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0) - 1;  // -1: the one that copies
-    const int group = heads / kv_heads;
+    const int group = heads / kv_heads, row_tiles = (seq + kQueries - 1) / kQueries;
 
     if (warpgroup < 0) {
         fewer_registers<S::kCopyRegisters>();
         if (threadIdx.x > 0) return;
+        const int64_t kv_bytes = static_cast<int64_t>(seq) * head_dim * 2 * sizeof(bf16);
+        const TileOrder order(batch, heads, row_tiles, (kv_bytes + group - 1) / group);
         Ring<kStages> ring;
         uint32_t tile_phase = 0;
-        for (int round = 0; round < order.rounds; ++round) {
-            Tile tile;
-            if (!order.tile(round, tile)) continue;
+        int index = blockIdx.x;
+        while (index < order.tiles()) {
+            const int next = next_tile(&tiles_taken, order.tiles());
+            const Tile tile = order.tile(index);
+            const int tile_row = (row_tiles - 1 - tile.rank) * kQueries;
             const int key_column = (heads + tile.head / group) * head_dim;
             barrier_wait(&shared.query_empty, tile_phase ^ 1);
+            shared.tile = tile;
             barrier_expect(&shared.query_full, sizeof(shared.query));
             for (int i = 0; i < kWarpgroups; ++i)
                 load_tile<kChunk, kHeadDim>(shared.query + i * kChunk * kHeadDim, qkv, &shared.query_full,
-                                            tile.head * head_dim, tile.row + i * kChunk, tile.batch);
+                                            tile.head * head_dim, tile_row + i * kChunk, tile.batch);
             tile_phase ^= 1;
-            for (int key = last_key_block(tile.row + kQueries - 1, seq) * kKeys; key >= 0; key -= kKeys) {
+            for (int key = last_key_block(tile_row + kQueries - 1, seq) * kKeys; key >= 0; key -= kKeys) {
                 const int i = ring.stage;
                 barrier_wait(&shared.key_empty[i], ring.phase ^ 1);
                 barrier_expect(&shared.key_full[i], sizeof(shared.key[i]));
@@ -116,27 +123,29 @@ __device__ __forceinline__ void attention_forward(const CUtensorMap* qkv, bf16* 
                                            key_column + kv_heads * head_dim, key, tile.batch);
                 ring.advance();
             }
+            index = next;
         }
+        barrier_wait(&shared.query_empty, tile_phase ^ 1);
+        shared.tile.rank = -1;
+        barrier_arrive(&shared.query_full);
     } else {
         more_registers<S::kRegisters>();
-        constexpr int kTurn = 1;                  // named barriers: a warpgroup's turn to issue products,
-        constexpr int kOwn = kTurn + kWarpgroups;  // and a meeting of its own warps
-        const int thread = threadIdx.x % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
+        const Turns<kWarpgroups> turns{warpgroup};
+        turns.begin();
+        const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
         const float scale = kLog2e / sqrtf(static_cast<float>(head_dim));
         bf16* query = shared.query + warpgroup * kChunk * kHeadDim;
-        bf16* scratch = shared.out + (warpgroup * kChunk + warp * 16) * kHeadDim;
-        const auto take_turn = [&] { named_barrier_sync(kTurn + warpgroup, 2 * kWarpgroup); };
-        const auto pass_turn = [&] {
-            named_barrier_arrive(kTurn + (warpgroup + 1) % kWarpgroups, 2 * kWarpgroup);
-        };
-        if (warpgroup == kWarpgroups - 1) pass_turn();
+        bf16* scratch = shared.scratch + (warpgroup * kChunk + warp * 16) * kPanel;
 
         Ring<kStages> keys, values;
         uint32_t tile_phase = 0;
-        for (int round = 0; round < order.rounds; ++round) {
-            Tile tile;
-            if (!order.tile(round, tile)) continue;
-            const int first_row = tile.row + warpgroup * kChunk;
+        while (true) {
+            barrier_wait(&shared.query_full, tile_phase);
+            tile_phase ^= 1;
+            const Tile tile = shared.tile;
+            if (tile.rank < 0) break;
+            const int tile_row = (row_tiles - 1 - tile.rank) * kQueries;
+            const int first_row = tile_row + warpgroup * kChunk;
             const int last_block = last_key_block(first_row + kChunk - 1, seq);
 
             float result[kHeadDim / 2] = {};
@@ -144,19 +153,17 @@ __device__ __forceinline__ void attention_forward(const CUtensorMap* qkv, bf16* 
             float s[kKeys / 2];
             uint32_t p[kKeys / 16][4];
 
-            barrier_wait(&shared.query_full, tile_phase);
-            tile_phase ^= 1;
-            zero_columns<kChunk, kHeadDim>(query, head_dim, kOwn + warpgroup);
+            zero_columns<kChunk, kHeadDim>(query, head_dim, turns.own_barrier());
 
             // A last block of keys that only the warpgroups after this one see.
-            if (last_block < last_key_block(tile.row + kQueries - 1, seq)) {
+            if (last_block < last_key_block(tile_row + kQueries - 1, seq)) {
                 barrier_wait(&shared.key_full[keys.stage], keys.phase);
                 warp_arrive(&shared.key_empty[keys.stage]);
                 barrier_wait(&shared.value_full[values.stage], values.phase);
                 warp_arrive(&shared.value_empty[values.stage]);
                 keys.advance(), values.advance();
-                take_turn();
-                pass_turn();
+                turns.take();
+                turns.pass();
             }
 
             // The block on the diagonal.
@@ -177,7 +184,7 @@ __device__ __forceinline__ void attention_forward(const CUtensorMap* qkv, bf16* 
             // The blocks before it: the scores of a block are multiplied while the one before it meets its values.
             for (int block = last_block; block > 0; --block) {
                 barrier_wait(&shared.key_full[keys.stage], keys.phase);
-                take_turn();
+                turns.take();
                 wgmma_fence();
                 multiply_transposed<kHeadDim, kChunk, kKeys>(s, query, shared.key[keys.stage]);
                 wgmma_commit();
@@ -185,7 +192,7 @@ __device__ __forceinline__ void attention_forward(const CUtensorMap* qkv, bf16* 
                 wgmma_fence();
                 multiply_add<kHeadDim, kKeys>(result, p, shared.value[values.stage]);
                 wgmma_commit();
-                pass_turn();
+                turns.pass();
                 wgmma_wait<1>();
                 warp_arrive(&shared.key_empty[keys.stage]);
                 keys.advance();
@@ -225,8 +232,9 @@ __device__ __forceinline__ void attention_forward(const CUtensorMap* qkv, bf16* 
 
 }  // namespace
 
-// Grid: any number of blocks, best one a multiprocessor; 512 threads; 180368 bytes of dynamic shared memory.
-// head_dim <= 64, a multiple of 8. qkv: a tensor map, see attention_hopper.cuh.
+// head_dim <= 64, a multiple of 8. qkv: a map for load_tile.
+// Grid: any number of blocks, best one a multiprocessor, of 512 threads with 147584 bytes of dynamic shared memory.
+// Launches must not overlap.
 extern "C" __global__ void __launch_bounds__(Shape<64>::kThreads, 1)
 attention_forward_hopper_64(const __grid_constant__ CUtensorMap qkv, bf16* __restrict__ out,
                             float* __restrict__ log_sum_exp, int batch, int seq, int heads, int kv_heads,
@@ -234,7 +242,7 @@ attention_forward_hopper_64(const __grid_constant__ CUtensorMap qkv, bf16* __res
     attention_forward<64>(&qkv, out, log_sum_exp, batch, seq, heads, kv_heads, head_dim);
 }
 
-// The same with 384 threads and 196688 bytes, for 64 < head_dim <= 128.
+// The same for 64 < head_dim <= 128 with 384 threads and 180320 bytes.
 extern "C" __global__ void __launch_bounds__(Shape<128>::kThreads, 1)
 attention_forward_hopper_128(const __grid_constant__ CUtensorMap qkv, bf16* __restrict__ out,
                              float* __restrict__ log_sum_exp, int batch, int seq, int heads, int kv_heads,

@@ -1,4 +1,4 @@
-// What the Hopper attention kernels share: the order of tiles, tiles in swizzled shared memory, their products by wgmma.
+// What the Hopper attention kernels share: the order of tiles, tiles in swizzled shared memory, products by wgmma.
 #pragma once
 
 #include <cmath>
@@ -22,41 +22,40 @@ struct Ring {
     }
 };
 
-// Queries of one head that a block works on at a time, from `row` on.
+// A block's work at a time: some queries or keys of one head. Rank 0 takes longest, a negative one is no tile.
 struct Tile {
-    int row, head, batch;
+    int rank, head, batch;
 };
 
-// Which tiles a block of a persistent grid works on, one a round. Heads come in sections whose keys and values stay in the
-// L2 cache; in a section the longest tiles (the last queries) come first; every other round goes through the grid backwards.
+// The order of tiles. Heads come in sections, so that what the tiles of a head share stays in the L2 cache. In a
+// section the longest tiles come first, so that all multiprocessors end together; a smaller section precedes full ones.
 struct TileOrder {
-    int heads, all_heads, section, row_tiles, rows_per_tile, tiles, rounds;
+    int heads, all_heads, ranks, section;
 
-    __device__ __forceinline__ TileOrder(int batch, int seq, int heads, int kv_heads, int head_dim, int rows_per_tile)
-        : heads(heads), all_heads(batch * heads), rows_per_tile(rows_per_tile) {
-        constexpr int64_t kSectionBytes = 24 << 20;
-        const int64_t kv_bytes = static_cast<int64_t>(seq) * head_dim * 2 * sizeof(bf16);
-        const int64_t kv_heads_fitting = kSectionBytes / kv_bytes > 1 ? kSectionBytes / kv_bytes : 1;
-        const int64_t heads_fitting = kv_heads_fitting * (heads / kv_heads);
-        section = static_cast<int>(heads_fitting < all_heads ? heads_fitting : all_heads);
-        row_tiles = (seq + rows_per_tile - 1) / rows_per_tile;
-        tiles = all_heads * row_tiles;
-        rounds = (tiles + gridDim.x - 1) / gridDim.x;
+    __device__ __forceinline__ TileOrder(int batch, int heads, int ranks, int64_t shared_bytes_per_head)
+        : heads(heads), all_heads(batch * heads), ranks(ranks) {
+        constexpr int64_t kSectionBytes = 32 << 20;
+        const int64_t fitting = kSectionBytes / shared_bytes_per_head;
+        section = fitting < 1 ? 1 : fitting < all_heads ? static_cast<int>(fitting) : all_heads;
     }
 
-    // The tile of a round, if this block has one in it.
-    __device__ __forceinline__ bool tile(int round, Tile& tile) const {
-        const int index = round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-        if (index >= tiles) return false;
-        const int first_head = index / (section * row_tiles) * section;
-        const int heads_here = min(section, all_heads - first_head), within = index - first_head * row_tiles;
+    __device__ __forceinline__ int tiles() const { return all_heads * ranks; }
+
+    __device__ __forceinline__ Tile tile(int index) const {
+        const int from_end = tiles() - 1 - index, first_head = from_end / (section * ranks) * section;
+        const int heads_here = min(section, all_heads - first_head), within = from_end - first_head * ranks;
         const int head = first_head + within % heads_here;
-        tile.row = (row_tiles - 1 - within / heads_here) * rows_per_tile;
-        tile.head = head % heads;
-        tile.batch = head / heads;
-        return true;
+        return {ranks - 1 - within / heads_here, head % heads, head / heads};
     }
 };
+
+// The next tile of a block of a persistent grid, which asks for one whenever it begins one; its first is blockIdx.x.
+// `taken` is zero before and after a launch; launches that share it must not overlap.
+__device__ __forceinline__ int next_tile(unsigned int* taken, int tiles) {
+    const unsigned int before = atomicAdd(taken, 1u);
+    if (before == static_cast<unsigned int>(tiles) - 1) atomicExch(taken, 0u);
+    return static_cast<int>(gridDim.x + before);
+}
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -73,13 +72,32 @@ __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Warpgroups issue their products in turns, so that while the tensor cores work for one the others prepare their next.
+// Every turn is taken and passed on by each warpgroup equally often; the last one passes the first turn.
+template <int kWarpgroups>
+struct Turns {
+    int warpgroup;
+
+    __device__ __forceinline__ void take() const { named_barrier_sync(1 + warpgroup, 2 * kWarpgroup); }
+    __device__ __forceinline__ void pass() const {
+        named_barrier_arrive(1 + (warpgroup + 1) % kWarpgroups, 2 * kWarpgroup);
+    }
+    __device__ __forceinline__ void begin() const {
+        if (warpgroup == kWarpgroups - 1) pass();
+    }
+    // A barrier of the warpgroup's own.
+    __device__ __forceinline__ int own_barrier() const { return 1 + kWarpgroups + warpgroup; }
+};
+
 // One arrival of each warp.
 __device__ __forceinline__ void warp_arrive(uint64_t* barrier) {
     if (threadIdx.x % kWarp == 0) barrier_arrive(barrier);
 }
 
 // A tile of kRows x kHeadDim lies in shared memory as panels of 64 columns, a panel as its rows one after another.
-// It is read from (batch, seq, width) in boxes of 64 x 64, at `column` of the width; rows from seq on come as zeros.
+// It comes from (batch, seq, width) in boxes of 64 x 64, from `column` of the width on, a multiple of 8; rows from seq
+// on come as zeros. The map: bf16, sizes {width, seq, batch}, strides of 2 width and 2 width seq bytes, boxes of
+// {64, 64, 1}, element strides 1, no interleave, 128-byte swizzle, zeros outside, L2 promotion of 256 bytes.
 template <int kRows, int kHeadDim>
 __device__ __forceinline__ void load_tile(bf16* tile, const CUtensorMap* map, uint64_t* barrier, int column, int row,
                                           int batch) {
@@ -174,29 +192,6 @@ __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], ui
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
 
-__device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
-    asm volatile(
-        "{\n"
-        ".reg .pred add;\n"
-        "setp.ne.b32 add, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n"
-        "}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-          "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
-}
-
 // d += a . b: a (64, 16) in registers, b (16, 128) in shared memory by rows.
 __device__ __forceinline__ void wgmma_add(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
     asm volatile(
@@ -287,28 +282,31 @@ __device__ __forceinline__ void store_matrix_x4(uint32_t shared, const uint32_t 
                  : "memory");
 }
 
-// A warp's 16 rows of a product, times a factor for each of a thread's two rows, to `out` in rows of `stride`. They
-// pass through `scratch`, 16 x kHeadDim values of the warp's own, to be written 16 bytes at a time; only `rows` rows exist.
+// A warp's 16 rows of a product, times a factor for each of a thread's two rows, to `out` in rows of `stride`. They go
+// through `scratch`, 16 x 64 values of the warp's own, to be written 16 bytes at a time; only `rows` rows exist.
 template <int kHeadDim>
 __device__ __forceinline__ void store_rows(const float (&d)[kHeadDim / 2], float factor0, float factor1, bf16* scratch,
                                            bf16* out, int64_t stride, int rows, int head_dim) {
-    constexpr int kPieces = kHeadDim / 8;
+    constexpr int kPieces = kPanel / 8;
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int k = 0; k < kHeadDim / 16; ++k) {
-        const uint32_t r[4] = {pack_bf16(d[8 * k] * factor0, d[8 * k + 1] * factor0),
-                               pack_bf16(d[8 * k + 2] * factor1, d[8 * k + 3] * factor1),
-                               pack_bf16(d[8 * k + 4] * factor0, d[8 * k + 5] * factor0),
-                               pack_bf16(d[8 * k + 6] * factor1, d[8 * k + 7] * factor1)};
-        const int row = lane % 16, piece = (2 * k + lane / 16) ^ row % 8;
-        store_matrix_x4(shared_address(scratch + row * kHeadDim + piece * 8), r);
-    }
-    __syncwarp();
+    for (int panel = 0; panel < kHeadDim / kPanel; ++panel) {
 #pragma unroll
-    for (int i = lane; i < 16 * kPieces; i += kWarp) {
-        const int row = i / kPieces, piece = i % kPieces;
-        if (row < rows && 8 * piece < head_dim)
-            store8(out + row * stride + 8 * piece, load8(scratch + row * kHeadDim + (piece ^ row % 8) * 8));
+        for (int k = 0; k < kPanel / 16; ++k) {
+            const float* v = d + panel * kPanel / 2 + 8 * k;
+            const uint32_t r[4] = {
+                pack_bf16(v[0] * factor0, v[1] * factor0), pack_bf16(v[2] * factor1, v[3] * factor1),
+                pack_bf16(v[4] * factor0, v[5] * factor0), pack_bf16(v[6] * factor1, v[7] * factor1)};
+            const int row = lane % 16, piece = (2 * k + lane / 16) ^ row % 8;
+            store_matrix_x4(shared_address(scratch + row * kPanel + piece * 8), r);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = lane; i < 16 * kPieces; i += kWarp) {
+            const int row = i / kPieces, piece = i % kPieces, column = panel * kPanel + 8 * piece;
+            if (row < rows && column < head_dim)
+                store8(out + row * stride + column, load8(scratch + row * kPanel + (piece ^ row % 8) * 8));
+        }
+        __syncwarp();
     }
-    __syncwarp();
 }

@@ -8,6 +8,12 @@ constexpr int kAttentionWarps = kAttentionThreads / kWarp;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 
+// A value known to the compiler, to pass to a lambda.
+template <bool kValue>
+struct Constant {
+    static constexpr bool value = kValue;
+};
+
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -43,7 +49,8 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const bf16* head, int s
         const uint32_t target = tile + tile_offset<kDim>(row, chunk);
 #pragma unroll
         for (int r = 0; r < kRows; r += kStep)
-            copy_async<16>(target + 2 * kDim * r, source + static_cast<int64_t>(r) * stride, row + r < rows ? bytes : 0);
+            copy_async<16>(target + 2 * kDim * r, source + static_cast<int64_t>(r) * stride,
+                           row + r < rows ? bytes : 0);
     } else {
         const int row = threadIdx.x / 16, quad = threadIdx.x % 16;
         const bf16* source = head + static_cast<int64_t>(row) * stride + 4 * quad;
@@ -51,10 +58,10 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const bf16* head, int s
 #pragma unroll
         for (int block = 0; block < kDim / 64; ++block) {
             const int bytes = 64 * block + 4 * quad < head_dim ? 8 : 0;
-#pragma unroll 2
+#pragma unroll
             for (int r = 0; r < kRows; r += kAttentionThreads / 16)
-                copy_async<8>(target + 2 * kDim * r + 128 * block, source + static_cast<int64_t>(r) * stride + 64 * block,
-                              row + r < rows ? bytes : 0);
+                copy_async<8>(target + 2 * kDim * r + 128 * block,
+                              source + static_cast<int64_t>(r) * stride + 64 * block, row + r < rows ? bytes : 0);
         }
     }
 }
@@ -116,11 +123,11 @@ __device__ __forceinline__ void multiply_by_rows(float (&sums)[kTiles][kDepth / 
     }
 }
 
-// Writes a warp's sums, times `scale`, as bf16 to rows `row`.. of a head; rows from `rows` on and columns from head_dim on
-// are dropped.
+// Writes a warp's sums, times `scale`, as bf16 to rows `row`.. of a head; rows from `rows` on and columns from head_dim
+// on are dropped.
 template <int kDepth, int kTiles>
-__device__ __forceinline__ void store_rows(bf16* head, int stride, const float (&sums)[kTiles][kDepth / 8][4], float scale,
-                                           int row, int rows, int head_dim) {
+__device__ __forceinline__ void store_rows(bf16* head, int stride, const float (&sums)[kTiles][kDepth / 8][4],
+                                           float scale, int row, int rows, int head_dim) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)

@@ -75,10 +75,7 @@ __device__ __forceinline__ void store_global(bf16* p, const uint4& v) {
 }
 
 // Hides how an address comes about from the compiler, which would otherwise hold every address of a tile in registers.
-template <class T>
-__device__ __forceinline__ void hide(T& value) {
-    asm volatile("" : "+r"(value));
-}
+__device__ __forceinline__ void hide(uint32_t& shared) { asm volatile("" : "+r"(shared)); }
 
 template <class T>
 __device__ __forceinline__ void advance(T*& p, int step) {
@@ -154,7 +151,7 @@ __device__ __forceinline__ void bit_linear(const CUtensorMap* x, const CUtensorM
         const int warp = threadIdx.x % kWarpgroup / kWarp;
         const float b0 = w_scale[0], b1 = end0 < N ? w_scale[1] : b0, b2 = end1 < N ? w_scale[2] : b1;
         const uint32_t first_x = descriptor_low(shared_address(stages) + (C::kPingPong ? 0 : consumer * 64 * kTileK));
-        // A chunk (16, 64) lies swizzled in shared memory: fragments of 8 x 8 on one side, rows of 128 bytes on the other.
+        // A chunk (16, 64) lies swizzled in shared memory: written as fragments of 8 x 8, read as rows of 128 bytes.
         const uint32_t chunk_at = shared_address(staging) + (4 * consumer + warp) * kChunkBytes;
         uint32_t fragment_at = chunk_at + lane % 16 * 128 + ((lane / 16) ^ (lane % 8)) * 16;
         const int row_in_chunk = lane / 8, column = lane % 8 * 8;
@@ -287,11 +284,22 @@ __device__ __forceinline__ void bit_linear(const CUtensorMap* x, const CUtensorM
 
 }  // namespace
 
-// Grid: a multiple of 2, at most the multiprocessors; 384 threads; 227 KB of dynamic shared memory.
-// Boxes: x (128 rows, 128 bytes), w (128 rows, 128 bytes), 128-byte swizzle. y and residual 16-byte aligned; end0 and
-// end1 multiples of 16, w_scale[1] and w_scale[2] are read only where end0 < N and end1 < N.
+// Both kernels: clusters of 2 blocks; grid: a multiple of 2, at most the multiprocessors; 384 threads; 227 KB of
+// dynamic shared memory. Boxes are 128 bytes wide, swizzled by 128 bytes: of x 128 rows, of w as said below.
+// y and residual 16-byte aligned; end0 and end1 multiples of 16; w_scale[1] and w_scale[2] are read only where end0 < N
+// and end1 < N.
+
+// Tiles of 128 x 256, of which each consumer takes half; boxes of w: 128 rows.
 extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(2, 1, 1)
 bit_linear_hopper(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, const float* x_scale,
                   const float* w_scale, const bf16* residual, bf16* y, int M, int N, int K, int end0, int end1) {
     bit_linear<Config<256, false, 2>>(&x, &w, x_scale, w_scale, residual, y, M, N, K, end0, end1);
+}
+
+// Tiles of 128 x 192, taken in turns: faster at K near 2048 without a residual; boxes of w: 96 rows.
+extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(2, 1, 1)
+bit_linear_hopper_192(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w,
+                      const float* x_scale, const float* w_scale, const bf16* residual, bf16* y, int M, int N, int K,
+                      int end0, int end1) {
+    bit_linear<Config<192, true, 2>>(&x, &w, x_scale, w_scale, residual, y, M, N, K, end0, end1);
 }

@@ -105,6 +105,42 @@ pub fn peak_bf16_tflops(device: &Device) -> Option<f64> {
     }
 }
 
+/// Bytes a second that a large copy within a GPU's memory reads and writes together; `None` for the
+/// CPU.
+///
+/// # Errors
+/// `Tensor` if there is no memory for it.
+pub fn copy_bandwidth(device: &Device) -> Result<Option<f64>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => copy_bandwidth_cuda(device).map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// The fastest of some copies, far larger than any L2.
+#[cfg(feature = "cuda")]
+fn copy_bandwidth_cuda(device: &candle_core::CudaDevice) -> Result<f64> {
+    use candle_core::cuda_backend::{WrapErr, cudarc::driver::sys::CUevent_flags};
+    const BYTES: usize = 1 << 30;
+    const COPIES: usize = 10;
+    let stream = device.cuda_stream();
+    // SAFETY: bytes of any value.
+    let (from, mut to) = unsafe { (stream.alloc::<u8>(BYTES).w()?, stream.alloc(BYTES).w()?) };
+    let now = || {
+        stream
+            .record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
+            .w()
+    };
+    let mut shortest = f32::INFINITY;
+    for _ in 0..COPIES {
+        let start = now()?;
+        stream.memcpy_dtod(&from, &mut to).w()?;
+        shortest = shortest.min(start.elapsed_ms(&now()?).w()?);
+    }
+    Ok(2.0 * BYTES as f64 / (f64::from(shortest) / 1e3))
+}
+
 /// Bytes free on the device, where the system says.
 pub fn free_memory(device: &Device) -> Option<u64> {
     match device {

@@ -5,6 +5,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod problem;
+mod profile;
 mod timing;
 mod train;
 

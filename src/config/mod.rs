@@ -12,8 +12,8 @@ use crate::{Error, Result};
 
 pub use sections::MAX_THREADS;
 pub use sections::{
-    Checkpoint, Data, Eval, GradientDtype, Hardware, Kernels, Logging, Optimizer, Precision,
-    Prepare, Recompute, Schedule, ScheduleKind, Source, Stability, StateDtype, Train,
+    BackwardDtype, Checkpoint, Data, Eval, GradientDtype, Hardware, Kernels, Logging, Optimizer,
+    Precision, Prepare, Recompute, Schedule, ScheduleKind, Source, Stability, StateDtype, Train,
 };
 
 /// Everything that determines a run. The default is the 1.3B model tuned for an L20 48 GB.

@@ -66,6 +66,8 @@ pub struct Train {
     pub seed: u64,
     /// Activations that a GPU computes anew in the backward pass instead of keeping them.
     pub recompute: Recompute,
+    /// The layers it does so for; `None` for all.
+    pub recompute_layers: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,6 +90,7 @@ impl Default for Train {
             grad_accum: 256,
             seed: 42,
             recompute: Recompute::None,
+            recompute_layers: None,
         }
     }
 }
@@ -259,10 +262,22 @@ impl Optimizer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Precision {
+    /// Operands of the backward products, dX and dW.
+    pub backward: BackwardDtype,
     /// Weight gradients summed over the micro-batches.
     pub gradients: GradientDtype,
     /// AdamW's two moments.
     pub optimizer_state: StateDtype,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackwardDtype {
+    /// Exact mode: the straight-through estimator's formulas in bf16.
+    Bf16,
+    /// One byte a value, from sm_89 on: output gradients as int8 codes with a scale a token, in dW
+    /// rounded to e4m3.
+    Fp8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -284,6 +299,7 @@ pub enum StateDtype {
 impl Default for Precision {
     fn default() -> Self {
         Self {
+            backward: BackwardDtype::Bf16,
             gradients: GradientDtype::F32,
             optimizer_state: StateDtype::Bf16,
         }

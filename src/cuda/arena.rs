@@ -36,6 +36,10 @@ impl<T> DevicePtr<T> {
         self.address
     }
 
+    pub fn is_null(self) -> bool {
+        self.address == 0
+    }
+
     /// The address `count` values further.
     pub fn offset(self, count: usize) -> Self {
         Self::new(self.address + (count * size_of::<T>()) as u64)

@@ -12,7 +12,7 @@ use half::bf16;
 
 use super::arena::{Arena, DevicePtr};
 use super::kernels::address;
-use super::kernels::attention::MAX_HEAD_DIM;
+use super::kernels::attention::takes_head_dim;
 use super::kernels::bit_linear::Projection;
 use super::kernels::gemm::Float;
 use super::kernels::optimizer::{Optimizer, OptimizerStep, OptimizerTensor};
@@ -20,7 +20,8 @@ use super::kernels::rows::MAX_FEATURES;
 use super::kernels::ternary_weights::{TernaryTensor, TernaryWeights};
 use super::kernels::to_bf16::ToBf16;
 use super::network::{Batch, Gradient, LayerProjections, Model, Network};
-use crate::config::{Config, GradientDtype, Kernels, StateDtype};
+use super::profile::{Group, Profiler, Stage};
+use crate::config::{BackwardDtype, Config, GradientDtype, Kernels, StateDtype};
 use crate::data;
 use crate::model::weights::Weights;
 use crate::model::{BitNetConfig, Parameter, Parameters};
@@ -56,9 +57,9 @@ impl Engine {
         parameters: &Parameters,
         moments: &[Moments],
     ) -> Result<Self> {
-        let is_hopper = check_chip(device)? == 9;
-        let hopper = is_hopper && config.hardware.kernels == Kernels::Auto;
-        check_shape(&config.model)?;
+        let chip = check_chip(device, config.precision.backward)?;
+        let hopper = chip == 9 && config.hardware.kernels == Kernels::Auto;
+        check_shape(&config.model, config.precision.backward)?;
         let stream = device.cuda_stream();
         let dtype = match config.precision.gradients {
             GradientDtype::F32 => Float::F32,
@@ -136,8 +137,10 @@ impl Engine {
     /// # Errors
     /// `Tensor` if a kernel failed.
     pub fn loss_and_grad_norm(&mut self) -> Result<(f64, f64)> {
+        self.network.stage(Stage::GradNorm)?;
         // SAFETY: the table's tensors belong to this engine.
         unsafe { self.optimizer.grad_norm(self.network.gradient_scale)? };
+        self.network.stage(Stage::Other)?;
         let loss = self.network.take_loss()?;
         Ok((loss, self.optimizer.read_step()?.norm.into()))
     }
@@ -158,6 +161,7 @@ impl Engine {
             ..OptimizerStep::default()
         };
         let constants = [update.beta1, update.beta2, update.eps].map(|x| x as f32);
+        self.network.stage(Stage::AdamW)?;
         // SAFETY: the table's tensors belong to this engine.
         unsafe { self.optimizer.adamw(step, constants)? };
         self.network.first = true;
@@ -180,6 +184,22 @@ impl Engine {
     pub fn next_logits(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
         let first = ids.len().saturating_sub(self.network.max_context());
         self.network.next_logits(&ids[first..])
+    }
+
+    /// Times every stage from here on; `config` is the one that the engine was made for.
+    pub fn start_profile(&mut self, config: &Config) {
+        self.network.profiler = Some(Profiler::new(config, self.device.cuda_stream()));
+    }
+
+    /// The stages since [`Self::start_profile`]; waits for the GPU.
+    ///
+    /// # Errors
+    /// `Tensor` if a kernel failed.
+    pub fn take_profile(&mut self) -> Result<Vec<Group>> {
+        match self.network.profiler.take() {
+            Some(profiler) => profiler.finish(),
+            None => Ok(Vec::new()),
+        }
     }
 
     /// This step's gradients so far as f32 on the CPU, in the order of the parameters.
@@ -218,6 +238,7 @@ impl Engine {
 
     /// Everything that is kept of the master weights for products.
     fn quantize(&mut self) -> Result<()> {
+        self.network.stage(Stage::QuantizeWeights)?;
         let model = &self.network.model;
         // SAFETY: the outputs were laid out for this model.
         unsafe {
@@ -236,8 +257,9 @@ fn shape(batch: &data::Batch) -> Batch {
     }
 }
 
-/// The major compute capability, if it is one that the kernels run on.
-fn check_chip(device: &CudaDevice) -> Result<i32> {
+/// The major compute capability, if it is one that the kernels run on and that has the formats of
+/// the backward products.
+fn check_chip(device: &CudaDevice, backward: BackwardDtype) -> Result<i32> {
     let stream = device.cuda_stream();
     let attribute = |which| stream.context().attribute(which).w();
     let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
@@ -248,11 +270,17 @@ fn check_chip(device: &CudaDevice) -> Result<i32> {
              --device cpu"
         )));
     }
+    if backward == BackwardDtype::Fp8 && (major, minor) < (8, 9) {
+        return Err(Error::usage(format!(
+            "precision.backward is fp8: this GPU is sm_{major}{minor}, and fp8 needs sm_89 (L20, \
+             RTX 40xx) or newer; use precision.backward=bf16"
+        )));
+    }
     Ok(major)
 }
 
 /// Rows are read in 16-byte vectors, and attention holds a head's features in registers.
-fn check_shape(model: &BitNetConfig) -> Result<()> {
+fn check_shape(model: &BitNetConfig, backward: BackwardDtype) -> Result<()> {
     let head_dim = model.head_dim();
     for (key, value) in [
         ("hidden_size", model.hidden_size),
@@ -266,11 +294,18 @@ fn check_shape(model: &BitNetConfig) -> Result<()> {
             )));
         }
     }
-    if !head_dim.is_multiple_of(4) || head_dim > MAX_HEAD_DIM {
+    let qkv = model.hidden_size + 2 * model.kv_heads * head_dim;
+    if backward == BackwardDtype::Fp8 && qkv > MAX_FEATURES {
         return Err(Error::usage(format!(
-            "model.heads is {}: on a GPU hidden_size / heads ({head_dim}) must be a multiple of 4, \
-             at most {}; change it, or use --device cpu",
-            model.heads, MAX_HEAD_DIM
+            "precision.backward is fp8: queries, keys and values together must be at most \
+             {MAX_FEATURES} features, and are {qkv}; use precision.backward=bf16"
+        )));
+    }
+    if !takes_head_dim(head_dim) {
+        return Err(Error::usage(format!(
+            "model.heads is {}: on a GPU hidden_size / heads ({head_dim}) must be a multiple of 4 up \
+             to 112, or 120 or 128; change it, or use --device cpu",
+            model.heads
         )));
     }
     Ok(())

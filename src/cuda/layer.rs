@@ -11,11 +11,12 @@
 use half::bf16;
 
 use super::arena::DevicePtr;
+use super::backward::{Linear, NormBackward};
 use super::kernels::attention::AttentionGradient;
 use super::kernels::bit_linear::Projection;
-use super::kernels::gemm::Layout;
-use super::kernels::rms_norm::{NormGradients, Normed};
-use super::network::{Batch, Gradient, Network, operand, replace};
+use super::kernels::rms_norm::Normed;
+use super::network::{Batch, Network};
+use super::profile::Stage;
 use crate::Result;
 use crate::config::Recompute;
 
@@ -32,9 +33,12 @@ impl Network {
         let (norm, codes) = (self.gate_norm(index), self.workspace.codes);
         let down = &self.model.projections[index].down;
         let h = self.workspace.layers[index].h;
+        let weights = down.n * down.k;
         // SAFETY: buffers are those of the workspace, made for these shapes.
         unsafe {
+            self.stage(Stage::QuantizeGate)?;
             self.gate.quantize(&norm, codes, batch.tokens())?;
+            self.stage(Stage::Forward { weights })?;
             self.bit_linear
                 .forward(codes, norm.kept.scale, down, h, y, batch.tokens())
         }
@@ -48,7 +52,9 @@ impl Network {
         self.normed_bit_linear(&input, &projections.qkv, DevicePtr::NULL, saved.qkv, batch)?;
         // SAFETY: buffers are those of the workspace, made for these shapes.
         unsafe {
+            self.stage(Stage::Rope)?;
             self.rope.rotate(saved.qkv, batch, false)?;
+            self.stage(Stage::AttentionForward)?;
             self.attention
                 .forward(saved.qkv, saved.attention, saved.log_sum_exp, batch)?;
         }
@@ -99,9 +105,12 @@ impl Network {
         batch: Batch,
     ) -> Result<()> {
         let (codes, tokens) = (self.workspace.codes, batch.tokens());
+        let weights = projection.n * projection.k;
         // SAFETY: buffers are those of the workspace, made for these shapes.
         unsafe {
+            self.stage(Stage::QuantizeNorm)?;
             self.norm.quantize(norm, codes, tokens)?;
+            self.stage(Stage::Forward { weights })?;
             self.bit_linear
                 .forward(codes, norm.kept.scale, projection, residual, y, tokens)
         }
@@ -109,7 +118,7 @@ impl Network {
 
     /// Turns `workspace.dx`, the gradient of the layer's output, into that of its input.
     pub(super) fn layer_backward(&self, index: usize, batch: Batch) -> Result<()> {
-        match self.recompute {
+        match self.recompute(index) {
             Recompute::None => {}
             Recompute::Selective => self.gate_up(index, batch)?,
             Recompute::Full => {
@@ -122,108 +131,62 @@ impl Network {
         let g = &self.model.gradients.layers[index];
         let projections = &self.model.projections[index];
         let [input, sub, post] = self.norms(index);
-        let (tokens, none) = (batch.tokens(), DevicePtr::NULL);
+        let gate = self.gate_norm(index);
+        let linear = |projection, norm: &Normed, dy, dweight| Linear {
+            projection,
+            input_scale: norm.kept.scale,
+            dy,
+            dweight,
+        };
+        let down = linear(&projections.down, &gate, ws.dx, g.down_proj);
+        // The gradient of gate and up takes their place.
+        let gate_up = linear(&projections.gate_up, &post, saved.gate_up, g.gate_proj);
+        let o = linear(&projections.o, &sub, ws.dx, g.o_proj);
+        let qkv = linear(&projections.qkv, &input, ws.dqkv, g.q_proj);
+        // Of a norm whose input is also the residual stream.
+        let on_residual = |dweight| NormBackward {
+            dn: ws.dn,
+            dx: ws.dx,
+            dresidual: ws.dx,
+            dweight,
+            is_input: true,
+        };
 
-        self.input_gradient(&projections.down, ws.dx, batch)?;
-        let dweight = DevicePtr::new(g.ffn_sub_norm.address);
-        let (gate_norm, parts) = (self.gate_norm(index), ws.norm_parts);
-        // SAFETY: buffers are those of the workspace, made for these shapes.
-        unsafe {
-            self.gate
-                .backward(&gate_norm, ws.dn, dweight, parts, ws.inputs, tokens)?;
-        }
-        self.weight_gradient(&projections.down, ws.dx, g.down_proj, batch)?;
+        self.input_gradient(&down, batch)?;
+        self.gate_backward(&gate, &gate_up, g.ffn_sub_norm, batch)?;
+        self.weight_gradient(&down, batch)?;
 
-        // The gradient of gate and up has taken their place.
-        self.input_gradient(&projections.gate_up, saved.gate_up, batch)?;
-        let (dx, gradient) = (ws.dx, g.post_attention_layernorm);
-        self.norm_backward(&post, ws.dn, dx, dx, ws.inputs, gradient, batch)?;
-        self.weight_gradient(&projections.gate_up, saved.gate_up, g.gate_proj, batch)?;
+        self.input_gradient(&gate_up, batch)?;
+        let of = on_residual(g.post_attention_layernorm);
+        self.norm_backward(&post, &of, Some(o.projection), batch)?;
+        self.weight_gradient(&gate_up, batch)?;
 
-        self.input_gradient(&projections.o, ws.dx, batch)?;
-        let (dattention, gradient) = (ws.dattention, g.attn_sub_norm);
-        self.norm_backward(&sub, ws.dn, none, dattention, ws.inputs, gradient, batch)?;
-        self.weight_gradient(&projections.o, ws.dx, g.o_proj, batch)?;
+        self.input_gradient(&o, batch)?;
+        let of = NormBackward {
+            dx: ws.dattention,
+            dresidual: DevicePtr::NULL,
+            ..on_residual(g.attn_sub_norm)
+        };
+        self.norm_backward(&sub, &of, None, batch)?;
+        self.weight_gradient(&o, batch)?;
 
         let attention = AttentionGradient {
             qkv: saved.qkv,
             out: saved.attention,
             log_sum_exp: saved.log_sum_exp,
-            dout: dattention,
+            dout: ws.dattention,
             dqkv: ws.dqkv,
             statistics: ws.attention_statistics,
         };
+        self.stage(Stage::AttentionBackward)?;
         // SAFETY: buffers are those of the workspace, made for these shapes.
-        unsafe {
-            self.attention.backward(&attention, batch)?;
-            self.rope.rotate(ws.dqkv, batch, true)?;
-        }
-        self.input_gradient(&projections.qkv, ws.dqkv, batch)?;
-        let gradient = g.input_layernorm;
-        self.norm_backward(&input, ws.dn, dx, dx, ws.inputs, gradient, batch)?;
-        self.weight_gradient(&projections.qkv, ws.dqkv, g.q_proj, batch)
-    }
-
-    /// dx = dresidual + the gradient by the norm's input, given dn, that by its output; adds the
-    /// gradient by its weight; writes the inputs of the projection after it unless `inputs` is null.
-    #[allow(clippy::too_many_arguments)] // those of the formula
-    pub(super) fn norm_backward(
-        &self,
-        norm: &Normed,
-        dn: DevicePtr<bf16>,
-        dresidual: DevicePtr<bf16>,
-        dx: DevicePtr<bf16>,
-        inputs: DevicePtr<bf16>,
-        gradient: Gradient,
-        batch: Batch,
-    ) -> Result<()> {
-        let to = NormGradients {
-            dx,
-            dresidual,
-            dweight: DevicePtr::new(gradient.address),
-            parts: self.workspace.norm_parts,
-            inputs,
-        };
-        // SAFETY: buffers are those of the workspace, made for these shapes; gradients of norms
-        // are f32.
-        unsafe { self.norm.backward(norm, dn, &to, batch.tokens()) }
-    }
-
-    /// `workspace.dn` = dy . (wq * b).
-    fn input_gradient(
-        &self,
-        projection: &Projection,
-        dy: DevicePtr<bf16>,
-        batch: Batch,
-    ) -> Result<()> {
-        let &Projection { n, k, .. } = projection;
-        let (weight, dn) = (self.workspace.weight, self.workspace.dn);
-        // SAFETY: dy is (tokens, n), the weight (n, k), and dn holds the widest input.
-        unsafe {
-            self.model.ternary_weights.dequantize(projection, weight)?;
-            self.gemm.multiply(
-                Layout::NN,
-                [batch.tokens(), k, n],
-                operand(dy, n),
-                operand(weight, k),
-                replace(dn, k),
-            )
-        }
-    }
-
-    /// gradient += dy^T . `workspace.inputs`.
-    fn weight_gradient(
-        &self,
-        projection: &Projection,
-        dy: DevicePtr<bf16>,
-        gradient: Gradient,
-        batch: Batch,
-    ) -> Result<()> {
-        let &Projection { n, k, .. } = projection;
-        let (dy, inputs) = (operand(dy, n), operand(self.workspace.inputs, k));
-        let sizes = [n, k, batch.tokens()];
-        // SAFETY: dy is (tokens, n), the inputs (tokens, k); the gradients of fused projections
-        // follow each other, (n, k) together.
-        unsafe { self.product_gradient(dy, inputs, sizes, gradient, !self.first) }
+        unsafe { self.attention.backward(&attention, batch)? };
+        self.rope_backward(&qkv, batch)?;
+        self.input_gradient(&qkv, batch)?;
+        let below = index
+            .checked_sub(1)
+            .map(|i| &self.model.projections[i].down);
+        self.norm_backward(&input, &on_residual(g.input_layernorm), below, batch)?;
+        self.weight_gradient(&qkv, batch)
     }
 }

@@ -5,6 +5,8 @@
 
 mod arena;
 #[cfg(feature = "cuda")]
+mod backward;
+#[cfg(feature = "cuda")]
 mod engine;
 #[cfg(feature = "cuda")]
 mod input;
@@ -14,6 +16,9 @@ pub mod kernels;
 mod layer;
 #[cfg(feature = "cuda")]
 mod network;
+// As `token_groups`.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub mod profile;
 // Only a GPU needs it; its test runs anywhere.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod token_groups;
@@ -22,4 +27,10 @@ mod workspace;
 pub use arena::{Arena, DevicePtr};
 #[cfg(feature = "cuda")]
 pub use engine::Engine;
+#[cfg(feature = "cuda")]
+pub use network::{Batch, Gradient};
+#[cfg(feature = "cuda")]
+pub use token_groups::TokenGroups;
+#[cfg(feature = "cuda")]
+pub use workspace::{NORM_PARTS, NormStatistics, QuantizedGradient};
 pub use workspace::{Sizes, Workspace};

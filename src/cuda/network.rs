@@ -12,6 +12,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use half::bf16;
 
 use super::arena::{Arena, DevicePtr};
+use super::backward::NormBackward;
 use super::input::{DeviceBatch, Input};
 use super::kernels::address;
 use super::kernels::attention::Attention;
@@ -23,6 +24,8 @@ use super::kernels::gemm::{Float, Gemm, Layout, Operand, Output};
 use super::kernels::rms_norm::{Normed, RmsNorm};
 use super::kernels::rope::Rope;
 use super::kernels::ternary_weights::TernaryWeights;
+use super::kernels::transpose::Transpose;
+use super::profile::{Profiler, Stage};
 use super::workspace::{NormStatistics, Sizes, Workspace};
 use crate::Result;
 use crate::config::{Config, Recompute};
@@ -33,6 +36,27 @@ use crate::model::weights::Weights;
 pub struct Gradient {
     pub address: u64,
     pub dtype: Float,
+}
+
+impl Gradient {
+    /// Of a norm: those are f32.
+    pub(super) fn norm(self) -> DevicePtr<f32> {
+        DevicePtr::new(self.address)
+    }
+
+    /// From row `first` on, as where a product goes, in rows of so many values.
+    pub(super) fn output(self, first: usize, stride: usize, add: bool) -> Output {
+        let bytes = match self.dtype {
+            Float::F32 => size_of::<f32>(),
+            Float::Bf16 => size_of::<bf16>(),
+        };
+        Output {
+            address: self.address + (first * stride * bytes) as u64,
+            stride,
+            dtype: self.dtype,
+            add,
+        }
+    }
 }
 
 /// A layer's ternary codes, fused where projections share their input.
@@ -70,7 +94,8 @@ impl Batch {
 
 pub struct Network {
     pub(super) sizes: Sizes,
-    pub(super) recompute: Recompute,
+    recompute: Recompute,
+    recomputed_layers: usize,
     pub(super) model: Model,
     pub(super) workspace: Workspace,
     pub(super) norm: RmsNorm,
@@ -79,11 +104,14 @@ pub struct Network {
     pub(super) attention: Attention,
     pub(super) gate: GatedActivation,
     pub(super) gemm: Gemm,
+    pub(super) transpose: Transpose,
     /// Products replace the gradients of matrices instead of adding to them: this is a step's
     /// first micro-batch.
     pub(super) first: bool,
     /// What the gradients are yet to be multiplied by.
     pub(super) gradient_scale: f32,
+    /// Told of every stage of a step that is profiled.
+    pub(super) profiler: Option<Profiler>,
     embedding: Embedding,
     cross_entropy: CrossEntropy,
     input: Input,
@@ -103,12 +131,12 @@ impl Network {
     pub fn new(config: &Config, model: Model, device: &CudaDevice, hopper: bool) -> Result<Self> {
         let stream = device.cuda_stream();
         let (shape, recompute) = (&config.model, config.train.recompute);
-        let sizes = Sizes::new(shape, config.train.micro_batch, config.train.seq_len);
+        let sizes = Sizes::new(config);
         let mut measure = Arena::at(0);
-        Workspace::lay_out(&sizes, recompute, &mut measure);
+        Workspace::lay_out(config, &mut measure);
         // SAFETY: every kernel's outputs are written before another one reads them.
         let memory = unsafe { stream.alloc::<u8>(measure.bytes() as usize) }.w()?;
-        let workspace = Workspace::lay_out(&sizes, recompute, &mut Arena::at(address(&memory)));
+        let workspace = Workspace::lay_out(config, &mut Arena::at(address(&memory)));
         Ok(Self {
             norm: RmsNorm::load(device, shape.hidden_size, shape.rms_norm_eps as f32)?,
             bit_linear: BitLinear::load(device, hopper)?,
@@ -116,20 +144,31 @@ impl Network {
             attention: Attention::load(device, shape, hopper)?,
             gate: GatedActivation::load(device, shape)?,
             gemm: Gemm::new(Arc::clone(&stream))?,
+            transpose: Transpose::load(device)?,
             embedding: Embedding::load(device, shape.hidden_size)?,
             cross_entropy: CrossEntropy::load(device)?,
             input: Input::new(device, sizes.tokens, sizes.vocab)?,
             loss: stream.alloc_zeros(1).w()?,
             first: true,
             gradient_scale: 1.0,
+            profiler: None,
             sizes,
             recompute,
+            recomputed_layers: config.train.recompute_layers.unwrap_or(shape.layers),
             model,
             workspace,
             stream,
             max_seq_len: shape.max_seq_len,
             _memory: memory,
         })
+    }
+
+    /// What is launched from here on belongs to `stage`.
+    pub(super) fn stage(&self, stage: Stage) -> Result<()> {
+        match &self.profiler {
+            Some(profiler) => profiler.begin(stage),
+            None => Ok(()),
+        }
     }
 
     /// Longest sequence that a pass can take: what the workspace holds and the rotary tables reach.
@@ -157,19 +196,27 @@ impl Network {
         self.gradient_scale = (scale / power) as f32;
         self.head(&input, batch, scale, Some(power as f32))?;
         let ws = &self.workspace;
-        let (dn, none) = (ws.last_hidden, DevicePtr::NULL);
-        let gradient = self.model.gradients.norm;
-        self.norm_backward(&self.final_norm(), dn, none, ws.dx, none, gradient, batch)?;
+        let of = NormBackward {
+            dn: ws.last_hidden,
+            dx: ws.dx,
+            dresidual: DevicePtr::NULL,
+            dweight: self.model.gradients.norm,
+            is_input: false,
+        };
+        let below = self.model.projections.last().map(|layer| &layer.down);
+        self.norm_backward(&self.final_norm(), &of, below, batch)?;
         for index in (0..self.sizes.layers).rev() {
             self.layer_backward(index, batch)?;
         }
         let (dx, parts) = (self.workspace.dx, self.workspace.embedding_parts);
         let gradient = self.model.gradients.embed_tokens;
+        self.stage(Stage::EmbedBackward)?;
         // SAFETY: dx is (tokens, hidden), the tables are those of this batch.
         unsafe {
             self.embedding
                 .backward(dx, &input.groups, gradient, parts)?
         };
+        self.stage(Stage::Other)?;
         self.first = false;
         self.input.done()
     }
@@ -220,6 +267,14 @@ impl Network {
         Ok(loss[0])
     }
 
+    /// What a layer's backward pass computes anew.
+    pub(super) fn recompute(&self, layer: usize) -> Recompute {
+        match layer < self.recomputed_layers {
+            true => self.recompute,
+            false => Recompute::None,
+        }
+    }
+
     fn final_norm(&self) -> Normed {
         Normed {
             x: self.workspace.y,
@@ -235,6 +290,7 @@ impl Network {
     fn forward(&self, input: &DeviceBatch, batch: Batch) -> Result<()> {
         let ws = &self.workspace;
         let table = self.model.weights.embed_tokens;
+        self.stage(Stage::Embed)?;
         // SAFETY: the first layer's x is (tokens, hidden), and ids were checked to be in the table.
         unsafe {
             self.embedding
@@ -244,6 +300,7 @@ impl Network {
             let y = ws.layers.get(index + 1).map_or(ws.y, |next| next.x);
             self.layer_forward(index, y, batch)?;
         }
+        self.stage(Stage::FinalNorm)?;
         // SAFETY: y and last_hidden are (tokens, hidden).
         unsafe {
             self.norm
@@ -266,6 +323,7 @@ impl Network {
         for first in (0..tokens).step_by(self.sizes.logit_rows()) {
             let rows = (tokens - first).min(self.sizes.logit_rows());
             self.logits(first, rows)?;
+            self.stage(Stage::CrossEntropy { tokens: rows })?;
             let (labels, losses) = (input.labels.offset(first), ws.losses.offset(first));
             let logits = Logits {
                 values: ws.logits,
@@ -287,23 +345,26 @@ impl Network {
             unsafe {
                 self.cross_entropy
                     .backward(logits, labels, losses, gradient_scale)?;
-                self.product_gradient(
-                    operand(ws.logits, stride),
-                    operand(chunk, hidden),
+                self.stage(Stage::LmHead { tokens: rows })?;
+                self.gemm.multiply(
+                    Layout::TN,
                     [vocab, hidden, rows],
-                    gradient,
-                    add,
+                    Operand::bf16(ws.logits, stride),
+                    Operand::bf16(chunk, hidden),
+                    gradient.output(0, hidden, add),
                 )?;
+                self.stage(Stage::LmHead { tokens: rows })?;
                 self.gemm.multiply(
                     Layout::NN,
                     [rows, hidden, vocab],
-                    operand(ws.logits, stride),
-                    operand(self.model.lm_head, hidden),
+                    Operand::bf16(ws.logits, stride),
+                    Operand::bf16(self.model.lm_head, hidden),
                     replace(chunk, hidden),
                 )?;
             }
         }
         let total = DevicePtr::new(address(&self.loss));
+        self.stage(Stage::Other)?;
         // SAFETY: losses are (tokens,).
         unsafe { self.cross_entropy.sum(ws.losses, total, tokens, scale) }
     }
@@ -313,46 +374,19 @@ impl Network {
         let ws = &self.workspace;
         let (hidden, vocab) = (self.sizes.hidden, self.sizes.vocab);
         let chunk = ws.last_hidden.offset(first * hidden);
+        self.stage(Stage::LmHead { tokens: rows })?;
         // SAFETY: hidden activations are (rows, hidden), the head (vocab, hidden), and the logits
         // hold `logit_rows` rows.
         unsafe {
             self.gemm.multiply(
                 Layout::NT,
                 [rows, vocab, hidden],
-                operand(chunk, hidden),
-                operand(self.model.lm_head, hidden),
+                Operand::bf16(chunk, hidden),
+                Operand::bf16(self.model.lm_head, hidden),
                 replace(ws.logits, self.sizes.logit_stride()),
             )
         }
     }
-
-    /// gradient (m, n) += dy^T . x, or = without `add`: dy (tokens, m), x (tokens, n); `sizes` is
-    /// m, n, tokens.
-    ///
-    /// # Safety
-    /// All three must be device memory of these sizes.
-    pub(super) unsafe fn product_gradient(
-        &self,
-        dy: Operand,
-        x: Operand,
-        sizes: [usize; 3],
-        gradient: Gradient,
-        add: bool,
-    ) -> Result<()> {
-        let output = Output {
-            address: gradient.address,
-            stride: sizes[1],
-            dtype: gradient.dtype,
-            add,
-        };
-        // SAFETY: the caller's promise.
-        unsafe { self.gemm.multiply(Layout::TN, sizes, dy, x, output) }
-    }
-}
-
-/// bf16 values in rows `stride` apart.
-pub(super) fn operand(values: DevicePtr<bf16>, stride: usize) -> Operand {
-    Operand { values, stride }
 }
 
 /// A bf16 result that replaces what was there.

@@ -6,14 +6,13 @@ use half::bf16;
 
 use super::arena::{Arena, DevicePtr};
 use super::token_groups::TokenGroups;
-use crate::config::Recompute;
-use crate::model::BitNetConfig;
+use crate::config::{BackwardDtype, Config, Recompute};
 
 /// Rows of logits that exist at once.
 pub const LOGIT_ROWS: usize = 8192;
 
 /// Blocks that sum a norm's weight gradient; each keeps a row of partial sums.
-pub const NORM_PARTS: usize = 528;
+pub const NORM_PARTS: usize = 1584;
 
 /// Sizes that the layout is made of.
 #[derive(Clone, Copy, Debug)]
@@ -24,22 +23,27 @@ pub struct Sizes {
     pub tokens: usize,
     pub layers: usize,
     pub hidden: usize,
-    /// Features of queries, keys and values together.
+    /// Features of queries, keys and values together, and of values.
     pub qkv: usize,
+    pub kv: usize,
     pub intermediate: usize,
     pub heads: usize,
     pub vocab: usize,
 }
 
 impl Sizes {
-    pub fn new(config: &BitNetConfig, rows: usize, seq: usize) -> Self {
+    pub fn new(config: &Config) -> Self {
+        let (rows, seq) = (config.train.micro_batch, config.train.seq_len);
+        let config = &config.model;
+        let kv = config.kv_heads * config.head_dim();
         Self {
             rows,
             seq,
             tokens: rows.saturating_mul(seq),
             layers: config.layers,
             hidden: config.hidden_size,
-            qkv: config.hidden_size + 2 * config.kv_heads * config.head_dim(),
+            qkv: config.hidden_size + 2 * kv,
+            kv,
             intermediate: config.intermediate_size,
             heads: config.heads,
             vocab: config.vocab_size,
@@ -49,6 +53,11 @@ impl Sizes {
     /// The wider of the two inputs that norms and projections take.
     fn widest(&self) -> usize {
         self.hidden.max(self.intermediate)
+    }
+
+    /// The widest output of fused projections.
+    fn widest_output(&self) -> usize {
+        (2 * self.intermediate).max(self.qkv)
     }
 
     /// Distance between rows of logits: cuBLASLt and vector loads want 16 bytes.
@@ -65,6 +74,11 @@ impl Sizes {
     pub fn logit_rows(&self) -> usize {
         self.tokens.min(LOGIT_ROWS)
     }
+}
+
+/// Tokens of a row of a transposed fp8 operand: cuBLASLt wants multiples of 16.
+pub fn padded_tokens(tokens: usize) -> usize {
+    tokens.next_multiple_of(16)
 }
 
 /// What a norm keeps of each row.
@@ -110,9 +124,9 @@ pub struct Workspace {
     pub dx: DevicePtr<bf16>,
     /// Gradient of a normalised input, (tokens, widest).
     pub dn: DevicePtr<bf16>,
-    /// Int8 codes of a normalised input, (tokens, widest); in the backward pass the same in bf16.
+    /// Int8 codes of a normalised input, (tokens, widest).
     pub codes: DevicePtr<i8>,
-    pub inputs: DevicePtr<bf16>,
+    pub operands: Operands,
     pub dqkv: DevicePtr<bf16>,
     /// Gradient of the attention's output, (tokens, hidden).
     pub dattention: DevicePtr<bf16>,
@@ -121,12 +135,68 @@ pub struct Workspace {
     pub norm_parts: DevicePtr<f32>,
     /// Partial rows of the embedding's gradient.
     pub embedding_parts: DevicePtr<f32>,
-    /// One projection's dequantised weights.
-    pub weight: DevicePtr<bf16>,
+}
+
+/// What the backward products of one projection at a time read.
+#[derive(Clone, Copy, Debug)]
+pub enum Operands {
+    Bf16 {
+        /// code * scale of a normalised input, (tokens, widest).
+        inputs: DevicePtr<bf16>,
+        /// wq * b, (n, k).
+        weight: DevicePtr<bf16>,
+    },
+    Fp8(Fp8Operands),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Fp8Operands {
+    /// By the output; of three fused projections, by that of the first two.
+    pub dy: QuantizedGradient,
+    /// By the output of the third: values, whose gradient is of another size than that of queries
+    /// and keys.
+    pub dvalues: QuantizedGradient,
+    /// Input codes in e4m3, times a factor a token, (k, padded tokens).
+    pub inputs_transposed: DevicePtr<u8>,
+    /// Ternary codes, (k, n).
+    pub weight_transposed: DevicePtr<i8>,
+}
+
+/// The gradient by a projection's output, dY.
+#[derive(Clone, Copy, Debug)]
+pub struct QuantizedGradient {
+    /// dY * b in int8 codes, (tokens, n).
+    pub codes: DevicePtr<i8>,
+    /// Of each token: what a code stands for.
+    pub scale: DevicePtr<f32>,
+    /// dY in e4m3, multiplied by 3.5 min(b) / scale, (tokens, n); the same transposed, (n, padded
+    /// tokens).
+    pub fp8: DevicePtr<u8>,
+    pub transposed: DevicePtr<u8>,
+    /// What each token's inputs are to be multiplied by, as dY is of another scale; and what
+    /// products of the two are to be multiplied by.
+    pub factors: DevicePtr<f32>,
+    pub undo: DevicePtr<f32>,
+}
+
+impl QuantizedGradient {
+    fn lay_out(tokens: usize, features: usize, arena: &mut Arena) -> Self {
+        Self {
+            codes: arena.take(tokens * features),
+            scale: arena.take(tokens),
+            fp8: arena.take(tokens * features),
+            transposed: arena.take(padded_tokens(tokens) * features),
+            factors: arena.take(tokens),
+            undo: arena.take(1),
+        }
+    }
 }
 
 impl Workspace {
-    pub fn lay_out(sizes: &Sizes, recompute: Recompute, arena: &mut Arena) -> Self {
+    pub fn lay_out(config: &Config, arena: &mut Arena) -> Self {
+        let sizes = &Sizes::new(config);
+        let recompute = config.train.recompute;
+        let recomputed = config.train.recompute_layers.unwrap_or(sizes.layers);
         let &Sizes {
             tokens,
             hidden,
@@ -150,10 +220,11 @@ impl Workspace {
             norms: std::array::from_fn(|_| statistics(arena)),
         };
         let first = layer(arena);
-        let layers = (0..sizes.layers).map(|index| match (index, recompute) {
-            (0, _) => first,
-            (_, Recompute::None) => layer(arena),
-            (_, Recompute::Selective) => SavedLayer {
+        let layers = (0..sizes.layers).map(|index| match recompute {
+            _ if index == 0 => first,
+            _ if index >= recomputed => layer(arena),
+            Recompute::None => layer(arena),
+            Recompute::Selective => SavedLayer {
                 x: arena.take(tokens * hidden),
                 qkv: arena.take(tokens * qkv),
                 attention: arena.take(tokens * hidden),
@@ -162,7 +233,7 @@ impl Workspace {
                 gate_up: first.gate_up,
                 norms: std::array::from_fn(|_| statistics(arena)),
             },
-            (_, Recompute::Full) => {
+            Recompute::Full => {
                 let [input, sub, post, _] = first.norms;
                 SavedLayer {
                     x: arena.take(tokens * hidden),
@@ -181,13 +252,30 @@ impl Workspace {
             dx: arena.take(tokens * hidden),
             dn: arena.take(tokens * widest),
             codes: arena.take(tokens * widest),
-            inputs: arena.take(tokens * widest),
+            operands: Operands::lay_out(sizes, config.precision.backward, arena),
             dqkv: arena.take(tokens * qkv),
             dattention: arena.take(tokens * hidden),
             attention_statistics: arena.take(sizes.attention_statistics()),
             norm_parts: arena.take(NORM_PARTS * widest),
             embedding_parts: arena.take(TokenGroups::partial_rows(tokens) * hidden),
-            weight: arena.take(hidden * (2 * intermediate).max(qkv)),
+        }
+    }
+}
+
+impl Operands {
+    fn lay_out(sizes: &Sizes, backward: BackwardDtype, arena: &mut Arena) -> Self {
+        let (tokens, weights) = (sizes.tokens, sizes.hidden * sizes.widest_output());
+        match backward {
+            BackwardDtype::Bf16 => Self::Bf16 {
+                inputs: arena.take(tokens * sizes.widest()),
+                weight: arena.take(weights),
+            },
+            BackwardDtype::Fp8 => Self::Fp8(Fp8Operands {
+                dy: QuantizedGradient::lay_out(tokens, sizes.widest_output(), arena),
+                dvalues: QuantizedGradient::lay_out(tokens, sizes.kv, arena),
+                inputs_transposed: arena.take(padded_tokens(tokens) * sizes.widest()),
+                weight_transposed: arena.take(weights),
+            }),
         }
     }
 }

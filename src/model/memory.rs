@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::BitNetConfig;
 use crate::config::{Config, GradientDtype, StateDtype};
-use crate::cuda::{Arena, Sizes, Workspace};
+use crate::cuda::{Arena, Workspace};
 use crate::quant::packing::VALUES_PER_WORD;
 use crate::train::STATE_BLOCK;
 
@@ -52,13 +52,12 @@ pub struct MemoryEstimate {
 impl MemoryEstimate {
     /// Of training as `config` says.
     pub fn of_training(config: &Config) -> Self {
-        let (model, train) = (&config.model, &config.train);
+        let model = &config.model;
         let parameters = model.parameter_count();
         let total = parameters.total() as u64;
         let norms = total - (parameters.ternary + model.embedding_weights()) as u64;
-        let sizes = Sizes::new(model, train.micro_batch, train.seq_len);
         let mut workspace = Arena::at(0);
-        Workspace::lay_out(&sizes, train.recompute, &mut workspace);
+        Workspace::lay_out(config, &mut workspace);
         Self {
             weights: 4 * total,
             quantized: (parameters.ternary + 2 * model.lm_head_weights()) as u64,

@@ -11,6 +11,7 @@ use crate::Result;
 use crate::config::Config;
 #[cfg(feature = "cuda")]
 use crate::cuda::Engine;
+use crate::cuda::profile::Group;
 use crate::data::Batch;
 use crate::model::BitNetTransformer;
 
@@ -153,6 +154,28 @@ impl Learner {
         let gradients = std::mem::take(&mut self.gradients);
         let parameters = self.model.parameters();
         self.optimizer.step(parameters, &gradients, scale, t)
+    }
+
+    /// Runs `step` and tells where a GPU's time went; on the CPU nothing is known of that.
+    ///
+    /// # Errors
+    /// Those of `step`; `Tensor` if the device failed.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn profile(
+        &mut self,
+        config: &Config,
+        step: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<Vec<Group>> {
+        #[cfg(feature = "cuda")]
+        if let Some(engine) = &mut self.engine {
+            engine.start_profile(config);
+        }
+        step(self)?;
+        #[cfg(feature = "cuda")]
+        if let Some(engine) = &mut self.engine {
+            return engine.take_profile();
+        }
+        Ok(Vec::new())
     }
 
     /// Mean loss of a batch in nats.

@@ -12,8 +12,10 @@ use crate::cuda::DevicePtr;
 use crate::cuda::network::Batch;
 use crate::model::BitNetConfig;
 
-/// Largest head dimension there is an instance for; it must also be a multiple of 4.
-pub const MAX_HEAD_DIM: usize = 128;
+/// Head dimensions there is an instance for: multiples of 4 up to 112, and 120 and 128.
+pub fn takes_head_dim(head_dim: usize) -> bool {
+    head_dim.is_multiple_of(4) && (head_dim <= 112 || head_dim == 120 || head_dim == 128)
+}
 
 /// Heads of a model.
 #[derive(Clone, Copy, Debug)]
@@ -141,8 +143,8 @@ struct Portable {
     delta: Kernel,
     keys: Kernel,
     queries: Kernel,
-    /// Queries that a block of `forward` or `queries` handles.
-    block_queries: usize,
+    /// Queries that a block of `forward` and one of `queries` handle.
+    block_queries: [usize; 2],
 }
 
 impl Portable {
@@ -152,13 +154,15 @@ impl Portable {
     fn load(device: &CudaDevice, heads: Heads) -> Result<Self> {
         let forward = Module::load(device, fatbin!("attention_forward"))?;
         let backward = Module::load(device, fatbin!("attention_backward"))?;
-        let (width, block_queries, keys_bytes) = match heads.is_narrow() {
-            true => (64, 128, 50176),
-            false => (128, 64, 49664),
+        let vectors = heads.head_dim.is_multiple_of(8);
+        let (width, block_queries, forward_bytes, keys_bytes) = match heads.head_dim {
+            ..=64 if vectors => (64, [128, 128], 32768, 33792),
+            ..=112 => (112, [128, 64], 65536, 33280),
+            _ => (128, [64, 64], 32768, 33280),
         };
         let name = |name| format!("attention_{name}_{width}");
         Ok(Self {
-            forward: forward.kernel(&name("forward"), 32768)?,
+            forward: forward.kernel(&name("forward"), forward_bytes)?,
             delta: backward.kernel("attention_delta", 0)?,
             keys: backward.kernel(&name("backward_kv"), keys_bytes)?,
             queries: backward.kernel(&name("backward_q"), 32768)?,
@@ -175,7 +179,7 @@ impl Portable {
         batch: Batch,
     ) -> Result<()> {
         let [rows, seq, heads, kv_heads, head_dim] = &model.sizes(batch);
-        let blocks = batch.seq.div_ceil(self.block_queries);
+        let blocks = batch.seq.div_ceil(self.block_queries[0]);
         // SAFETY: the arguments are those of the kernel.
         unsafe {
             self.forward.launch(
@@ -201,7 +205,7 @@ impl Portable {
         let [rows, seq, heads, kv_heads, head_dim] = &model.sizes(batch);
         let delta = of.statistics;
         let key_blocks = batch.seq.div_ceil(Self::BLOCK_KEYS);
-        let query_blocks = batch.seq.div_ceil(self.block_queries);
+        let query_blocks = batch.seq.div_ceil(self.block_queries[1]);
         // SAFETY: the arguments are those of the kernels; each writes its own part of dqkv.
         unsafe {
             self.delta.launch(
@@ -254,8 +258,8 @@ impl Hopper {
         let forward = Module::load(device, fatbin!("attention_forward_hopper"))?;
         let backward = Module::load(device, fatbin!("attention_backward_hopper"))?;
         let (width, threads, bytes) = match heads.is_narrow() {
-            true => (64, 512, [180_368, 150_632, 172_240]),
-            false => (128, 384, [196_688, 198_200, 196_720]),
+            true => (64, 512, [147_584, 150_632, 157_296]),
+            false => (128, 384, [180_320, 181_816, 181_328]),
         };
         let name = |name| format!("attention_{name}_hopper_{width}");
         let forward = forward.kernel(&name("forward"), bytes[0])?;

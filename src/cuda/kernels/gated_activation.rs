@@ -3,18 +3,20 @@
 use candle_core::CudaDevice;
 use half::bf16;
 
+use super::bit_linear::Projection;
 use super::rms_norm::{ColumnSums, Normed};
-use super::rows::RowKernel;
+use super::rows::{RowKernel, Spread};
 use super::{Module, fatbin};
 use crate::Result;
 use crate::cuda::DevicePtr;
-use crate::cuda::workspace::NORM_PARTS;
+use crate::cuda::workspace::{NORM_PARTS, QuantizedGradient};
 use crate::model::{Activation, BitNetConfig};
 
 /// act(gate) * up and its RMSNorm, over rows of 2 * intermediate features.
 pub struct GatedActivation {
     quantize: RowKernel,
     backward: RowKernel,
+    backward_quantize: RowKernel,
     column_sums: ColumnSums,
     features: usize,
     eps: f32,
@@ -30,12 +32,15 @@ impl GatedActivation {
             Activation::Relu2 => "relu2",
         };
         let features = config.intermediate_size;
-        let load =
-            |pass, inputs| RowKernel::load(&module, &format!("{name}_{pass}"), features, inputs);
+        let load = |pass, spread| RowKernel::load(&module, &format!("{name}_{pass}"), spread);
         let norms = Module::load(device, fatbin!("rms_norm"))?;
         Ok(Self {
-            quantize: load("quantize", 2)?,
-            backward: load("backward", 3)?,
+            quantize: load("quantize", Spread::block(features, 16, 64, 48 << 10))?,
+            backward: load("backward", Spread::block(features, 32, 192, 96 << 10))?,
+            backward_quantize: load(
+                "backward_quantize",
+                Spread::block(features, 16, 96, 96 << 10),
+            )?,
             column_sums: ColumnSums::load(&norms)?,
             features,
             eps: config.rms_norm_eps as f32,
@@ -70,8 +75,9 @@ impl GatedActivation {
         }
     }
 
-    /// The gradient by gate and up takes their place; dweight += the norm's; inputs = code * scale.
-    /// dn is the gradient by the normalised rows, parts scratch of (NORM_PARTS, intermediate).
+    /// From dn, the gradient by the normalised rows: dgate_up (rows, 2 intermediate), which may be
+    /// `norm.x`; dweight += the norm's; inputs = code * scale. parts is scratch of (NORM_PARTS,
+    /// intermediate).
     ///
     /// # Safety
     /// The addresses must hold what the shapes say.
@@ -84,12 +90,12 @@ impl GatedActivation {
         dn: DevicePtr<bf16>,
         dweight: DevicePtr<f32>,
         parts: DevicePtr<f32>,
-        inputs: DevicePtr<bf16>,
+        (dgate_up, inputs): (DevicePtr<bf16>, DevicePtr<bf16>),
         rows: usize,
     ) -> Result<()> {
         let (rows, features) = (rows as i32, self.features as i32);
         let blocks = self.backward.blocks.min(NORM_PARTS);
-        // SAFETY: the arguments are those of the kernel, which may write where it reads.
+        // SAFETY: the arguments are those of the kernel.
         unsafe {
             self.backward.launch(
                 blocks,
@@ -99,8 +105,51 @@ impl GatedActivation {
                     &norm.weight,
                     &norm.kept.rstd,
                     &norm.kept.scale,
-                    &norm.x,
+                    &dgate_up,
                     &inputs,
+                    &parts,
+                    &rows,
+                    &features,
+                ],
+            )?;
+            self.column_sums.add(parts, dweight, blocks, self.features)
+        }
+    }
+
+    /// [`Self::backward`] with int8 codes for bf16 values: those of the normalised rows, and those
+    /// of the gradient by gate and up, times their b, which comes in e4m3 too.
+    ///
+    /// # Safety
+    /// The addresses must hold what the shapes say.
+    ///
+    /// # Errors
+    /// `Tensor` if the driver refuses a launch.
+    pub unsafe fn backward_quantize(
+        &self,
+        norm: &Normed,
+        dn: DevicePtr<bf16>,
+        dweight: DevicePtr<f32>,
+        parts: DevicePtr<f32>,
+        (gate_up, dy, codes): (&Projection, QuantizedGradient, DevicePtr<i8>),
+        rows: usize,
+    ) -> Result<()> {
+        let (rows, features) = (rows as i32, self.features as i32);
+        let blocks = self.backward_quantize.blocks.min(NORM_PARTS);
+        // SAFETY: the arguments are those of the kernel.
+        unsafe {
+            self.backward_quantize.launch(
+                blocks,
+                &[
+                    &dn,
+                    &norm.x,
+                    &norm.weight,
+                    &norm.kept.rstd,
+                    &norm.kept.scale,
+                    &codes,
+                    &dy.codes,
+                    &dy.fp8,
+                    &dy.scale,
+                    &gate_up.scales,
                     &parts,
                     &rows,
                     &features,

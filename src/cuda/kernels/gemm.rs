@@ -1,4 +1,4 @@
-//! Plain bf16 matrix products through cuBLASLt: input gradients, weight gradients and the LM head.
+//! Plain matrix products through cuBLASLt: input gradients, weight gradients and the LM head.
 //! Sums are f32; the algorithm is the library's first choice for a shape, the same in every run.
 
 use std::cell::RefCell;
@@ -30,11 +30,43 @@ pub enum Layout {
     TN,
 }
 
-/// A bf16 operand and the distance between its rows in values.
+/// An operand and the distance between its rows in values. Both of a product have one format.
 #[derive(Clone, Copy, Debug)]
 pub struct Operand {
-    pub values: DevicePtr<bf16>,
-    pub stride: usize,
+    address: u64,
+    stride: usize,
+    format: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Format {
+    Bf16,
+    /// e4m3: one byte, three bits of mantissa; values times the f32 at `scale`, 1 if there is none.
+    Fp8 {
+        scale: Option<u64>,
+    },
+}
+
+impl Operand {
+    pub fn bf16(values: DevicePtr<bf16>, stride: usize) -> Self {
+        Self {
+            address: values.address(),
+            stride,
+            format: Format::Bf16,
+        }
+    }
+
+    /// e4m3 values, which cuBLASLt takes in `Layout::NT` only, in rows of multiples of 16; they
+    /// stand for the number at `scale`, on 16 bytes, times as much.
+    pub fn fp8(values: DevicePtr<u8>, stride: usize, scale: Option<DevicePtr<f32>>) -> Self {
+        Self {
+            address: values.address(),
+            stride,
+            format: Format::Fp8 {
+                scale: scale.map(DevicePtr::address),
+            },
+        }
+    }
 }
 
 /// Where a product goes.
@@ -62,11 +94,22 @@ impl Float {
     }
 }
 
+impl Format {
+    fn to_cuda(self) -> sys::cudaDataType {
+        match self {
+            Self::Bf16 => sys::cudaDataType::CUDA_R_16BF,
+            Self::Fp8 { .. } => sys::cudaDataType::CUDA_R_8F_E4M3,
+        }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     layout: Layout,
     sizes: [usize; 3],
     strides: [usize; 3],
+    /// Of a and b.
+    formats: [Format; 2],
     dtype: Float,
     add: bool,
 }
@@ -128,6 +171,7 @@ impl Gemm {
             layout,
             sizes: [m, n, k],
             strides: [a.stride, b.stride, c.stride],
+            formats: [a.format, b.format],
             dtype: c.dtype,
             add: c.add,
         };
@@ -146,9 +190,9 @@ impl Gemm {
                 plan.description,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
-                pointer(b.values.address()),
+                pointer(b.address),
                 b_layout,
-                pointer(a.values.address()),
+                pointer(a.address),
                 a_layout,
                 pointer(c.address),
                 c_layout,
@@ -167,6 +211,7 @@ impl Gemm {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let [m, n, k] = key.sizes;
         let [a_stride, b_stride, c_stride] = key.strides;
+        let [a_format, b_format] = key.formats;
         let turned = |transposed| match transposed {
             true => cublasOperation_t::CUBLAS_OP_T,
             false => cublasOperation_t::CUBLAS_OP_N,
@@ -179,19 +224,14 @@ impl Gemm {
             Layout::NT => (k, n, turned(true)),
             _ => (n, k, turned(false)),
         };
-        let matrix = |dtype: Float, columns: usize, rows: usize, stride: usize| {
-            result::create_matrix_layout(
-                dtype.to_cuda(),
-                columns as u64,
-                rows as u64,
-                stride as i64,
-            )
-            .map_err(failed)
+        let matrix = |dtype: sys::cudaDataType, columns: usize, rows: usize, stride: usize| {
+            result::create_matrix_layout(dtype, columns as u64, rows as u64, stride as i64)
+                .map_err(failed)
         };
         let layouts = [
-            matrix(Float::Bf16, b_columns, b_rows, b_stride)?,
-            matrix(Float::Bf16, a_columns, a_rows, a_stride)?,
-            matrix(key.dtype, n, m, c_stride)?,
+            matrix(b_format.to_cuda(), b_columns, b_rows, b_stride)?,
+            matrix(a_format.to_cuda(), a_columns, a_rows, a_stride)?,
+            matrix(key.dtype.to_cuda(), n, m, c_stride)?,
         ];
         let description = result::create_matmul_desc(
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
@@ -213,6 +253,20 @@ impl Gemm {
                     size_of_val(&op),
                 )
                 .map_err(failed)?;
+            }
+            for (attribute, format) in [
+                (Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, b_format),
+                (Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, a_format),
+            ] {
+                if let Format::Fp8 { scale: Some(scale) } = format {
+                    result::set_matmul_desc_attribute(
+                        description,
+                        attribute,
+                        (&raw const scale).cast(),
+                        size_of_val(&scale),
+                    )
+                    .map_err(failed)?;
+                }
             }
             result::set_matmul_pref_attribute(
                 preference,

@@ -15,6 +15,7 @@ mod tensor_map;
 pub mod ternary_matmul;
 pub mod ternary_weights;
 pub mod to_bf16;
+pub mod transpose;
 
 pub use module::{Argument, Kernel, Module};
 pub use ternary_matmul::{CudaPackedTernary, TernaryMatmul};

@@ -3,11 +3,12 @@
 use candle_core::CudaDevice;
 use half::bf16;
 
-use super::rows::RowKernel;
+use super::bit_linear::Projection;
+use super::rows::{RowKernel, Spread};
 use super::{Kernel, Module, fatbin};
 use crate::Result;
 use crate::cuda::DevicePtr;
-use crate::cuda::workspace::{NORM_PARTS, NormStatistics};
+use crate::cuda::workspace::{NORM_PARTS, NormStatistics, QuantizedGradient};
 
 /// A norm over rows: its input (rows, features), its weight (features,), and what it keeps.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +23,7 @@ pub struct RmsNorm {
     quantize: RowKernel,
     forward: RowKernel,
     backward: RowKernel,
+    backward_quantize: RowKernel,
     column_sums: ColumnSums,
     features: usize,
     eps: f32,
@@ -37,8 +39,6 @@ pub struct NormGradients {
     pub dweight: DevicePtr<f32>,
     /// Scratch, (NORM_PARTS, features).
     pub parts: DevicePtr<f32>,
-    /// code * scale of each normalised value, or null where no codes are wanted.
-    pub inputs: DevicePtr<bf16>,
 }
 
 impl RmsNorm {
@@ -46,11 +46,26 @@ impl RmsNorm {
     /// `Tensor` if the driver refuses the kernels.
     pub fn load(device: &CudaDevice, features: usize, eps: f32) -> Result<Self> {
         let module = Module::load(device, fatbin!("rms_norm"))?;
-        let load = |name, inputs| RowKernel::load(&module, name, features, inputs);
+        let block = |bytes_by_thread, target_kib: usize| {
+            Spread::block(features, 16, bytes_by_thread, target_kib << 10)
+        };
+        let load = |name, spread| RowKernel::load(&module, name, spread);
         Ok(Self {
-            quantize: load("rms_norm_quantize", 1)?,
-            forward: load("rms_norm", 1)?,
-            backward: load("rms_norm_backward", 3)?,
+            // Narrow rows are better off with a warp each.
+            quantize: match features {
+                ..=768 => load(
+                    "rms_norm_quantize_warp",
+                    Spread {
+                        threads: 256,
+                        shared_bytes: 12288,
+                        target_bytes: 48 << 10,
+                    },
+                )?,
+                _ => load("rms_norm_quantize", block(32, 48))?,
+            },
+            forward: load("rms_norm", block(32, 24))?,
+            backward: load("rms_norm_backward", block(96, 64))?,
+            backward_quantize: load("rms_norm_backward_quantize", block(96, 64))?,
             column_sums: ColumnSums::load(&module)?,
             features,
             eps,
@@ -110,7 +125,8 @@ impl RmsNorm {
         }
     }
 
-    /// From dn, the gradient by the normalised rows. `to.dx` may be `to.dresidual` or dn.
+    /// From dn, the gradient by the normalised rows. `to.dx` may be `to.dresidual` or dn. Unless
+    /// null, inputs (rows, features) = code * scale.
     ///
     /// # Safety
     /// As [`Self::quantize`].
@@ -122,6 +138,7 @@ impl RmsNorm {
         norm: &Normed,
         dn: DevicePtr<bf16>,
         to: &NormGradients,
+        inputs: DevicePtr<bf16>,
         rows: usize,
     ) -> Result<()> {
         let (rows, features) = (rows as i32, self.features as i32);
@@ -138,8 +155,64 @@ impl RmsNorm {
                     &norm.kept.scale,
                     &to.dresidual,
                     &to.dx,
-                    &to.inputs,
+                    &inputs,
                     &to.parts,
+                    &rows,
+                    &features,
+                ],
+            )?;
+            self.column_sums
+                .add(to.parts, to.dweight, blocks, self.features)
+        }
+    }
+
+    /// [`Self::backward`] with int8 codes for bf16 values: those of the normalised rows, unless
+    /// null, and those of dx times the b of `next`, the projection whose output gradient it is, which
+    /// comes in e4m3 too.
+    ///
+    /// # Safety
+    /// As [`Self::quantize`].
+    ///
+    /// # Errors
+    /// As [`Self::quantize`].
+    pub unsafe fn backward_quantize(
+        &self,
+        norm: &Normed,
+        dn: DevicePtr<bf16>,
+        to: &NormGradients,
+        codes: DevicePtr<i8>,
+        next: Option<(&Projection, QuantizedGradient)>,
+        rows: usize,
+    ) -> Result<()> {
+        let (rows, features) = (rows as i32, self.features as i32);
+        let blocks = self.backward_quantize.blocks.min(NORM_PARTS);
+        let [dcodes, dfp8, dscale, b] = match next {
+            Some((next, dy)) => [
+                dy.codes.address(),
+                dy.fp8.address(),
+                dy.scale.address(),
+                next.scales.address(),
+            ],
+            None => [0; 4],
+        };
+        // SAFETY: the arguments are those of the kernel.
+        unsafe {
+            self.backward_quantize.launch(
+                blocks,
+                &[
+                    &dn,
+                    &norm.x,
+                    &norm.weight,
+                    &norm.kept.rstd,
+                    &norm.kept.scale,
+                    &to.dresidual,
+                    &to.dx,
+                    &codes,
+                    &to.parts,
+                    &dcodes,
+                    &dfp8,
+                    &dscale,
+                    &b,
                     &rows,
                     &features,
                 ],

@@ -1,5 +1,4 @@
-//! Kernels that walk over rows of features, in the instance for a number of features: a warp a
-//! row, a block a row, or a wide block.
+//! Kernels that walk over rows of features, on as many blocks as serve the device's memory best.
 
 use super::{Argument, Kernel, Module};
 use crate::Result;
@@ -7,48 +6,35 @@ use crate::Result;
 /// Widest row.
 pub const MAX_FEATURES: usize = 16384;
 
-/// How a row is spread: `kernels/rms_norm.cu` has the table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Spread {
-    Warp,
-    Block,
-    Wide,
+/// How a kernel spreads a row, as its comment says.
+#[derive(Clone, Copy, Debug)]
+pub struct Spread {
+    pub threads: usize,
+    pub shared_bytes: usize,
+    /// Shared memory in use on a multiprocessor beyond which more blocks only get in each other's
+    /// way.
+    pub target_bytes: usize,
 }
 
 impl Spread {
-    fn of(features: usize) -> Self {
-        match features {
-            ..=1024 => Self::Warp,
-            1025..=4096 => Self::Block,
-            _ => Self::Wide,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Warp => "warp",
-            Self::Block => "block",
-            Self::Wide => "wide",
-        }
-    }
-
-    /// Vectors of eight features that a thread holds.
-    fn vectors(self) -> usize {
-        match self {
-            Self::Warp | Self::Wide => 4,
-            Self::Block => 2,
-        }
-    }
-
-    fn threads(self, features: usize) -> usize {
-        match self {
-            Self::Warp => 256,
-            _ => features.div_ceil(8 * self.vectors()).next_multiple_of(32),
+    /// A block a row of `features`, so many of them a thread and so many bytes staged for each
+    /// thread.
+    pub fn block(
+        features: usize,
+        by_thread: usize,
+        bytes_by_thread: usize,
+        target_bytes: usize,
+    ) -> Self {
+        let threads = features.div_ceil(by_thread).next_multiple_of(32);
+        Self {
+            threads,
+            shared_bytes: bytes_by_thread * threads,
+            target_bytes,
         }
     }
 }
 
-/// A kernel for rows of one width, on as many blocks as the device holds at a time.
+/// A kernel for rows of one width.
 pub struct RowKernel {
     kernel: Kernel,
     threads: usize,
@@ -56,20 +42,18 @@ pub struct RowKernel {
 }
 
 impl RowKernel {
-    /// The instance of `name` for `features`, which stages so many input arrays in shared memory.
-    ///
     /// # Errors
     /// `Tensor` if the driver refuses the kernel.
-    pub fn load(module: &Module, name: &str, features: usize, inputs: usize) -> Result<Self> {
-        let spread = Spread::of(features);
-        let threads = spread.threads(features);
-        let shared_bytes = inputs * spread.vectors() * 16 * threads;
-        let name = format!("{name}_{}", spread.name());
-        let kernel = module.kernel(&name, shared_bytes)?;
+    pub fn load(module: &Module, name: &str, spread: Spread) -> Result<Self> {
+        let kernel = module.kernel(name, spread.shared_bytes)?;
+        let processors = kernel.processors()?;
+        let wanted = spread.target_bytes.div_ceil(spread.shared_bytes);
         Ok(Self {
-            blocks: kernel.resident_blocks(threads)?,
+            blocks: kernel
+                .resident_blocks(spread.threads)?
+                .min(wanted * processors),
             kernel,
-            threads,
+            threads: spread.threads,
         })
     }
 
