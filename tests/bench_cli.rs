@@ -164,4 +164,9 @@ fn wrong_training_benchmarks() {
     refused(&["train", "--accum", "0"], "train.grad_accum is 0");
     refused(&["train", "--model-size", "9B"], "125M, 350M");
     refused(&["train", "--recompute", "some"], "none");
+    refused(&["train", "--backward", "fp4"], "`bf16` or `fp8`");
+    refused(
+        &["train", "--profile", "--device", "cpu"],
+        "--profile times the kernels of a GPU and this is the CPU: use --device cuda",
+    );
 }

@@ -97,17 +97,23 @@ fn the_gpu_layout_by_hand() {
     };
     config.train.micro_batch = 4;
     config.train.seq_len = 256;
-    let activations = |recompute| {
+    let of_layers = |recompute, layers| {
         let mut config = config.clone();
         config.train.recompute = recompute;
+        config.train.recompute_layers = layers;
         MemoryEstimate::of_training(&config).activations
     };
+    let activations = |recompute| of_layers(recompute, None);
     let (tokens, hidden, ffn, qkv) = (1024, 256, 512, 512);
     // bf16 x, attention and h; qkv; log-sum-exp of 4 heads; scale and rstd of 4 norms.
     let kept = tokens * (2 * 3 * hidden + 2 * qkv + 4 * 4 + 4 * 8);
     let gate_up = tokens * 2 * 2 * ffn;
     let none = activations(Recompute::None);
     assert_eq!(none - activations(Recompute::Selective), 2 * gate_up);
+    // The layers that compute anew share one place.
+    assert_eq!(none - of_layers(Recompute::Selective, Some(2)), gate_up);
+    assert_eq!(none, of_layers(Recompute::Selective, Some(1)));
+    assert_eq!(none, of_layers(Recompute::Selective, Some(0)));
     let (x, ffn_norm) = (tokens * 2 * hidden, tokens * 8);
     let full = activations(Recompute::Full);
     assert_eq!(none - full, 2 * (kept + gate_up - x - ffn_norm));
