@@ -96,6 +96,14 @@ impl Default for Train {
 }
 
 impl Train {
+    /// What the backward pass of layer `index` computes anew.
+    pub fn recompute_of(&self, index: usize) -> Recompute {
+        match self.recompute_layers {
+            Some(layers) if index >= layers => Recompute::None,
+            _ => self.recompute,
+        }
+    }
+
     pub(super) fn validate(&self) -> Result<()> {
         let [seq_len, micro_batch, grad_accum] =
             [self.seq_len, self.micro_batch, self.grad_accum].map(|count| count as u64);

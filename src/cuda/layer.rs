@@ -118,7 +118,7 @@ impl Network {
 
     /// Turns `workspace.dx`, the gradient of the layer's output, into that of its input.
     pub(super) fn layer_backward(&self, index: usize, batch: Batch) -> Result<()> {
-        match self.recompute(index) {
+        match self.train.recompute_of(index) {
             Recompute::None => {}
             Recompute::Selective => self.gate_up(index, batch)?,
             Recompute::Full => {

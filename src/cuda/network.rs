@@ -28,7 +28,7 @@ use super::kernels::transpose::Transpose;
 use super::profile::{Profiler, Stage};
 use super::workspace::{NormStatistics, Sizes, Workspace};
 use crate::Result;
-use crate::config::{Config, Recompute};
+use crate::config::{Config, Train};
 use crate::model::weights::Weights;
 
 /// A weight's gradient in device memory.
@@ -94,8 +94,7 @@ impl Batch {
 
 pub struct Network {
     pub(super) sizes: Sizes,
-    recompute: Recompute,
-    recomputed_layers: usize,
+    pub(super) train: Train,
     pub(super) model: Model,
     pub(super) workspace: Workspace,
     pub(super) norm: RmsNorm,
@@ -130,7 +129,7 @@ impl Network {
     /// `Tensor` if the driver refuses, as when memory runs out.
     pub fn new(config: &Config, model: Model, device: &CudaDevice, hopper: bool) -> Result<Self> {
         let stream = device.cuda_stream();
-        let (shape, recompute) = (&config.model, config.train.recompute);
+        let shape = &config.model;
         let sizes = Sizes::new(config);
         let mut measure = Arena::at(0);
         Workspace::lay_out(config, &mut measure);
@@ -153,8 +152,7 @@ impl Network {
             gradient_scale: 1.0,
             profiler: None,
             sizes,
-            recompute,
-            recomputed_layers: config.train.recompute_layers.unwrap_or(shape.layers),
+            train: config.train.clone(),
             model,
             workspace,
             stream,
@@ -265,14 +263,6 @@ impl Network {
         self.stream.memset_zeros(&mut self.loss).w()?;
         self.stream.synchronize().w()?;
         Ok(loss[0])
-    }
-
-    /// What a layer's backward pass computes anew.
-    pub(super) fn recompute(&self, layer: usize) -> Recompute {
-        match layer < self.recomputed_layers {
-            true => self.recompute,
-            false => Recompute::None,
-        }
     }
 
     fn final_norm(&self) -> Normed {

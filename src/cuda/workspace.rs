@@ -195,8 +195,6 @@ impl QuantizedGradient {
 impl Workspace {
     pub fn lay_out(config: &Config, arena: &mut Arena) -> Self {
         let sizes = &Sizes::new(config);
-        let recompute = config.train.recompute;
-        let recomputed = config.train.recompute_layers.unwrap_or(sizes.layers);
         let &Sizes {
             tokens,
             hidden,
@@ -220,9 +218,8 @@ impl Workspace {
             norms: std::array::from_fn(|_| statistics(arena)),
         };
         let first = layer(arena);
-        let layers = (0..sizes.layers).map(|index| match recompute {
+        let layers = (0..sizes.layers).map(|index| match config.train.recompute_of(index) {
             _ if index == 0 => first,
-            _ if index >= recomputed => layer(arena),
             Recompute::None => layer(arena),
             Recompute::Selective => SavedLayer {
                 x: arena.take(tokens * hidden),

@@ -84,24 +84,27 @@ fn nearest(config: &Config, is_cpu: bool, fits: impl Fn(&Config) -> bool) -> Opt
     };
     let mut config = config.clone();
     let mut settings = String::new();
-    let changes: [Change; 4] = [
+    let changes: [Change; 5] = [
         ("", |_| {}),
-        ("train.recompute=full", |c| {
+        ("train.recompute_layers=null ", |c| {
+            c.train.recompute_layers = None;
+        }),
+        ("train.recompute=full ", |c| {
             c.train.recompute = Recompute::Full;
         }),
-        ("precision.gradients=bf16", |c| {
+        ("precision.gradients=bf16 ", |c| {
             c.precision.gradients = GradientDtype::Bf16;
         }),
-        ("precision.optimizer_state=int8", |c| {
+        ("precision.optimizer_state=int8 ", |c| {
             c.precision.optimizer_state = StateDtype::Int8;
         }),
     ];
     for (setting, change) in &changes[..if is_cpu { 1 } else { changes.len() }] {
+        let before = config.clone();
         change(&mut config);
-        settings += &match setting.is_empty() {
-            true => String::new(),
-            false => format!("{setting} "),
-        };
+        if config != before {
+            settings += setting;
+        }
         let micro_batch = largest(&config);
         if micro_batch > 0 {
             return Some(format!("{settings}train.micro_batch={micro_batch}"));
@@ -138,5 +141,12 @@ mod tests {
         let smaller = within(with(1, Recompute::Full) - 1).unwrap();
         assert!(smaller.starts_with("train.recompute=full precision.gradients=bf16 train.micro"));
         assert_eq!(within(1 << 30), None);
+
+        // What is so already is not named, and a limit on it is lifted.
+        let full = with(1, Recompute::Full);
+        config.train.recompute = Recompute::Full;
+        config.train.recompute_layers = Some(2);
+        let lifted = nearest(&config, false, |c| total(c) <= full).unwrap();
+        assert_eq!(lifted, "train.recompute_layers=null train.micro_batch=1");
     }
 }

@@ -9,10 +9,13 @@
 mod attention;
 mod check;
 mod fp8;
+mod gate;
 mod gpu;
 mod loss;
 mod norms;
 mod optimizer;
 mod products;
 mod random;
+mod rope;
+mod rows;
 mod weights;
