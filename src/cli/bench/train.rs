@@ -159,10 +159,14 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let mfu = mfu.map_or("n/a".into(), |mfu| format!("{:.1}%", mfu * 100.0));
     let used = used.map_or("n/a".into(), format::bytes);
+    let speed = match tokens_per_s {
+        ..1e3 => format!("{tokens_per_s:.1}"),
+        _ => format!("{:.1} k", tokens_per_s / 1e3),
+    };
     console::answer(format!(
         "{}\n{}, micro-batch {} x {} tokens, {} a step: {} steps\n\n\
          step      {:.1} ms (median; {:.1} to {:.1})\n\
-         speed     {:.1} k tokens/s, MFU {mfu}\n\
+         speed     {speed} tokens/s, MFU {mfu}\n\
          memory    {used} (estimated {})\n\
          loss      {loss:.4} on random tokens (ln {} = {:.4})",
         device::describe(&device),
@@ -174,7 +178,6 @@ pub fn run(args: &Args) -> Result<()> {
         median * 1e3,
         seconds[0] * 1e3,
         seconds[seconds.len() - 1] * 1e3,
-        tokens_per_s / 1e3,
         format::bytes(estimate),
         config.model.vocab_size,
         (config.model.vocab_size as f64).ln(),
