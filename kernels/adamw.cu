@@ -1,4 +1,4 @@
-// One AdamW step over all tensors: clipping, moments, f32 weights; zeroes the gradients and sums |w| by block.
+// One AdamW step over all tensors: clipping, moments, f32 weights; zeroes the gradients.
 //
 //     g = gradient * factor;  m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v)
 //     w -= lr (m correction1 / (sqrt(v correction2) + eps) + decay w)
@@ -25,6 +25,18 @@ constexpr int kMantissa = 20;           // bits of an f32 mantissa below the 3 t
 constexpr float kMeanTop = 61432.f;     // 1 + it is just below the float of the largest code of 7 bits, 1.875 * 2^15
 constexpr float kSquareTop = 4.026e9f;  // just below that of 8 bits, 1.875 * 2^31
 constexpr float kTiny = 1e-28f;         // a largest m or v below it is zero
+
+struct AdamWStep {
+    float lr;
+    float weight_decay;
+    float correction1;  // 1 / (1 - beta1^t)
+    float correction2;  // 1 / (1 - beta2^t)
+    float factor;       // on every gradient, clipping included
+    float beta1;
+    float beta2;
+    float eps;      // > 0
+    uint32_t seed;  // of the rounding of bf16 and 8-bit moments: the step's number
+};
 
 // Where a lane's 8 elements are: 4 from `first` on, 4 from `first` + 128 on.
 struct Lane {
@@ -237,14 +249,11 @@ struct Moments<uint8_t> {
 };
 
 template <typename Gradient, typename State>
-__device__ __forceinline__ void adamw(const OptimizerTensor* tensors, const uint32_t* tensor_of_block,
-                                      const OptimizerStep* step_pointer, float* abs_sums, int first_block, float beta1,
-                                      float beta2, float eps) {
+__device__ __forceinline__ void adamw(const OptimizerTensor* tensors, const uint32_t* tensor_of_block, int first_block,
+                                      const AdamWStep& step) {
     constexpr int kStride = kAdamThreads / kWarp * kWarpElements;
-    __shared__ float scratch[kWarp];
     const uint32_t block = first_block + blockIdx.x;
     const OptimizerTensor tensor = tensors[tensor_of_block[block]];
-    const OptimizerStep step = *step_pointer;
     const int64_t start = static_cast<int64_t>(block - tensor.first_block) * kOptimizerBlock;
     const int64_t left = tensor.count - start;
     const int count = static_cast<int>(left < kOptimizerBlock ? left : kOptimizerBlock);
@@ -256,12 +265,6 @@ __device__ __forceinline__ void adamw(const OptimizerTensor* tensors, const uint
     Gradient* gradient = static_cast<Gradient*>(tensor.gradient);
     const bool zero = !(tensor.flags & kKeepGradient);
     const Four<Gradient> zeros[2] = {};
-    if (!step.apply) {
-        if (zero)
-            for (int i = warp_offset; i < count; i += kStride) store_kept(gradient, lane_at(i), zeros);
-        return;
-    }
-
     const float decay = tensor.flags & kDecay ? step.weight_decay : 0.f;
     const uint32_t random = hash(step.seed) + block * kOptimizerBlock + 2 * lane_offset;
     const Moments<State> moments(tensor);
@@ -275,7 +278,6 @@ __device__ __forceinline__ void adamw(const OptimizerTensor* tensors, const uint
         moments.load(lane, next_kept);
     };
 
-    float abs_sum = 0.f;
     load_next(warp_offset);
 #pragma unroll 1
     for (int i = warp_offset; i < count; i += kStride) {
@@ -287,65 +289,55 @@ __device__ __forceinline__ void adamw(const OptimizerTensor* tensors, const uint
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             g[j] *= step.factor;
-            m[j] += (1.f - beta1) * (g[j] - m[j]);
-            v[j] += (1.f - beta2) * (g[j] * g[j] - v[j]);
-            const float update = __fdividef(m[j] * step.correction1, sqrt_fast(v[j] * step.correction2) + eps);
+            m[j] += (1.f - step.beta1) * (g[j] - m[j]);
+            v[j] += (1.f - step.beta2) * (g[j] * g[j] - v[j]);
+            const float update = __fdividef(m[j] * step.correction1, sqrt_fast(v[j] * step.correction2) + step.eps);
             w[j] -= step.lr * (update + decay * w[j]);
-            abs_sum += fabsf(w[j]);
         }
         const Lane lane = lane_at(i);
         if (zero) store_kept(gradient, lane, zeros);
         store_kept(tensor.weights, lane, w);
         moments.store(lane, m, v, random + i);
     }
-    abs_sum = block_sum<kAdamThreads>(abs_sum, scratch);
-    if (threadIdx.x == 0) abs_sums[block] = abs_sum;
 }
 
 }  // namespace
 
-// Names: adamw_{gradient}_{state}. tensors: the table; tensor_of_block (all blocks,): index in it; step: as written by
-// the host and grad_norm_finish; abs_sums[block] = sum of |w| after the step. When step.apply is 0, only the gradients
-// change. Block b of the grid does block first_block + b, so that tensors of one gradient type, placed together in the
-// table, can have a launch of their own. eps > 0. Grid: number of blocks to do. Block: 128.
+// Names: adamw_{gradient}_{state}. tensors: the table; tensor_of_block (all blocks,): index in it. Block b of the grid
+// does block first_block + b, so that tensors of one gradient type, placed together in the table, can have a launch of
+// their own. Grid: number of blocks to do. Block: 128.
 extern "C" __global__ void __launch_bounds__(kAdamThreads)
-adamw_f32_f32(const OptimizerTensor* __restrict__ tensors, const uint32_t* __restrict__ tensor_of_block,
-              const OptimizerStep* __restrict__ step, float* __restrict__ abs_sums, int first_block, float beta1,
-              float beta2, float eps) {
-    adamw<float, float>(tensors, tensor_of_block, step, abs_sums, first_block, beta1, beta2, eps);
+adamw_f32_f32(const OptimizerTensor* __restrict__ tensors, const uint32_t* __restrict__ tensor_of_block, int first_block,
+              const __grid_constant__ AdamWStep step) {
+    adamw<float, float>(tensors, tensor_of_block, first_block, step);
 }
 
 extern "C" __global__ void __launch_bounds__(kAdamThreads)
-adamw_f32_bf16(const OptimizerTensor* __restrict__ tensors, const uint32_t* __restrict__ tensor_of_block,
-               const OptimizerStep* __restrict__ step, float* __restrict__ abs_sums, int first_block, float beta1,
-               float beta2, float eps) {
-    adamw<float, bf16>(tensors, tensor_of_block, step, abs_sums, first_block, beta1, beta2, eps);
+adamw_f32_bf16(const OptimizerTensor* __restrict__ tensors, const uint32_t* __restrict__ tensor_of_block, int first_block,
+               const __grid_constant__ AdamWStep step) {
+    adamw<float, bf16>(tensors, tensor_of_block, first_block, step);
 }
 
 extern "C" __global__ void __launch_bounds__(kAdamThreads)
-adamw_f32_8bit(const OptimizerTensor* __restrict__ tensors, const uint32_t* __restrict__ tensor_of_block,
-               const OptimizerStep* __restrict__ step, float* __restrict__ abs_sums, int first_block, float beta1,
-               float beta2, float eps) {
-    adamw<float, uint8_t>(tensors, tensor_of_block, step, abs_sums, first_block, beta1, beta2, eps);
+adamw_f32_8bit(const OptimizerTensor* __restrict__ tensors, const uint32_t* __restrict__ tensor_of_block, int first_block,
+               const __grid_constant__ AdamWStep step) {
+    adamw<float, uint8_t>(tensors, tensor_of_block, first_block, step);
 }
 
 extern "C" __global__ void __launch_bounds__(kAdamThreads)
-adamw_bf16_f32(const OptimizerTensor* __restrict__ tensors, const uint32_t* __restrict__ tensor_of_block,
-               const OptimizerStep* __restrict__ step, float* __restrict__ abs_sums, int first_block, float beta1,
-               float beta2, float eps) {
-    adamw<bf16, float>(tensors, tensor_of_block, step, abs_sums, first_block, beta1, beta2, eps);
+adamw_bf16_f32(const OptimizerTensor* __restrict__ tensors, const uint32_t* __restrict__ tensor_of_block, int first_block,
+               const __grid_constant__ AdamWStep step) {
+    adamw<bf16, float>(tensors, tensor_of_block, first_block, step);
 }
 
 extern "C" __global__ void __launch_bounds__(kAdamThreads)
-adamw_bf16_bf16(const OptimizerTensor* __restrict__ tensors, const uint32_t* __restrict__ tensor_of_block,
-                const OptimizerStep* __restrict__ step, float* __restrict__ abs_sums, int first_block, float beta1,
-                float beta2, float eps) {
-    adamw<bf16, bf16>(tensors, tensor_of_block, step, abs_sums, first_block, beta1, beta2, eps);
+adamw_bf16_bf16(const OptimizerTensor* __restrict__ tensors, const uint32_t* __restrict__ tensor_of_block, int first_block,
+                const __grid_constant__ AdamWStep step) {
+    adamw<bf16, bf16>(tensors, tensor_of_block, first_block, step);
 }
 
 extern "C" __global__ void __launch_bounds__(kAdamThreads)
-adamw_bf16_8bit(const OptimizerTensor* __restrict__ tensors, const uint32_t* __restrict__ tensor_of_block,
-                const OptimizerStep* __restrict__ step, float* __restrict__ abs_sums, int first_block, float beta1,
-                float beta2, float eps) {
-    adamw<bf16, uint8_t>(tensors, tensor_of_block, step, abs_sums, first_block, beta1, beta2, eps);
+adamw_bf16_8bit(const OptimizerTensor* __restrict__ tensors, const uint32_t* __restrict__ tensor_of_block, int first_block,
+                const __grid_constant__ AdamWStep step) {
+    adamw<bf16, uint8_t>(tensors, tensor_of_block, first_block, step);
 }

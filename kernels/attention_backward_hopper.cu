@@ -444,7 +444,7 @@ __device__ __forceinline__ void query_gradients(const CUtensorMap* qkv, const CU
 }  // namespace
 
 // Statistics of all queries: f32, batch * heads * ceil(seq / 128) * 256 of them, 16-byte aligned. head_dim <= 128, a
-// multiple of 8. Grid: (ceil(seq / 128), heads, batch) blocks of 256 threads.
+// multiple of 4. Grid: (ceil(seq / 128), heads, batch) blocks of 256 threads.
 extern "C" __global__ void __launch_bounds__(256)
 attention_statistics_hopper(const bf16* __restrict__ out, const bf16* __restrict__ dout,
                             const float* __restrict__ log_sum_exp, float* __restrict__ statistics, int seq, int heads,
@@ -463,8 +463,8 @@ attention_statistics_hopper(const bf16* __restrict__ out, const bf16* __restrict
         for (int column = 8 * lane; column < 128; column += 8 * kLanes) {
             if (row >= seq || column >= head_dim) continue;
             float x[8], y[8];
-            unpack8(load8(out + at + column), x);
-            unpack8(load8(dout + at + column), y);
+            unpack8(load_columns(out + at, column, head_dim), x);
+            unpack8(load_columns(dout + at, column, head_dim), y);
 #pragma unroll
             for (int j = 0; j < 8; ++j) sum += x[j] * y[j];
         }
@@ -478,7 +478,7 @@ attention_statistics_hopper(const bf16* __restrict__ out, const bf16* __restrict
     }
 }
 
-// Columns of keys and values of dqkv. head_dim <= 64, a multiple of 8. qkv and dout: maps for load_tile.
+// Columns of keys and values of dqkv. head_dim <= 64, a multiple of 4. qkv and dout: maps for load_tile.
 // Grid: (ceil(seq / 128), kv_heads, batch) blocks of 384 threads with 150632 bytes of dynamic shared memory.
 extern "C" __global__ void __launch_bounds__(KeyShape<64>::kThreads, 1)
 attention_key_gradients_hopper_64(const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout,
@@ -495,7 +495,7 @@ attention_key_gradients_hopper_128(const __grid_constant__ CUtensorMap qkv, cons
     key_gradients<128>(&qkv, &dout, statistics, dqkv, seq, heads, kv_heads, head_dim);
 }
 
-// Columns of queries of dqkv. head_dim <= 64, a multiple of 8. qkv and dout: maps for load_tile.
+// Columns of queries of dqkv. head_dim <= 64, a multiple of 4. qkv and dout: maps for load_tile.
 // Grid: any number of blocks, best one a multiprocessor, of 512 threads with 157296 bytes of dynamic shared memory.
 // Launches must not overlap.
 extern "C" __global__ void __launch_bounds__(QueryShape<64>::kThreads, 1)

@@ -232,7 +232,7 @@ __device__ __forceinline__ void attention_forward(const CUtensorMap* qkv, bf16* 
 
 }  // namespace
 
-// head_dim <= 64, a multiple of 8. qkv: a map for load_tile.
+// head_dim <= 64, a multiple of 4. qkv: a map for load_tile.
 // Grid: any number of blocks, best one a multiprocessor, of 512 threads with 147584 bytes of dynamic shared memory.
 // Launches must not overlap.
 extern "C" __global__ void __launch_bounds__(Shape<64>::kThreads, 1)

@@ -282,8 +282,29 @@ __device__ __forceinline__ void store_matrix_x4(uint32_t shared, const uint32_t 
                  : "memory");
 }
 
+// Columns column .. column + 7 of a head's row, of which head_dim, a multiple of 4, may be four only. Heads of a multiple
+// of eight columns begin on 16 bytes, others on eight.
+__device__ __forceinline__ Bf16x8 load_columns(const bf16* row, int column, int head_dim) {
+    if (head_dim % 8 == 0) return load8(row + column);
+    Bf16x8 v = {};
+    uint2* const halves = reinterpret_cast<uint2*>(&v);
+    halves[0] = *reinterpret_cast<const uint2*>(row + column);
+    if (column + 4 < head_dim) halves[1] = *reinterpret_cast<const uint2*>(row + column + 4);
+    return v;
+}
+
+__device__ __forceinline__ void store_columns(bf16* row, int column, int head_dim, const Bf16x8& v) {
+    if (head_dim % 8 == 0) {
+        store8(row + column, v);
+        return;
+    }
+    const uint2* const halves = reinterpret_cast<const uint2*>(&v);
+    *reinterpret_cast<uint2*>(row + column) = halves[0];
+    if (column + 4 < head_dim) *reinterpret_cast<uint2*>(row + column + 4) = halves[1];
+}
+
 // A warp's 16 rows of a product, times a factor for each of a thread's two rows, to `out` in rows of `stride`. They go
-// through `scratch`, 16 x 64 values of the warp's own, to be written 16 bytes at a time; only `rows` rows exist.
+// through `scratch`, 16 x 64 values of the warp's own, to be written in vectors; only `rows` rows exist.
 template <int kHeadDim>
 __device__ __forceinline__ void store_rows(const float (&d)[kHeadDim / 2], float factor0, float factor1, bf16* scratch,
                                            bf16* out, int64_t stride, int rows, int head_dim) {
@@ -305,7 +326,8 @@ __device__ __forceinline__ void store_rows(const float (&d)[kHeadDim / 2], float
         for (int i = lane; i < 16 * kPieces; i += kWarp) {
             const int row = i / kPieces, piece = i % kPieces, column = panel * kPanel + 8 * piece;
             if (row < rows && column < head_dim)
-                store8(out + row * stride + column, load8(scratch + row * kPanel + (piece ^ row % 8) * 8));
+                store_columns(out + row * stride, column, head_dim,
+                              load8(scratch + row * kPanel + (piece ^ row % 8) * 8));
         }
         __syncwarp();
     }

@@ -1,4 +1,4 @@
-// Norm of all gradients together, f32 or bf16, the factor that scales and clips, and whether the step is to be applied.
+// Norm of all gradients together, f32 or bf16.
 
 #include "common.cuh"
 #include "optimizer.cuh"
@@ -63,11 +63,9 @@ grad_norm(const OptimizerTensor* __restrict__ tensors, const uint32_t* __restric
     if (threadIdx.x == 0) partials[blockIdx.x] = total;
 }
 
-// step.norm = gradient_scale * sqrt(sum of the partials (blocks,)), step.factor, and step.apply: the norm is finite and
-// so is the loss, which does not pass step.max_loss (null: no loss to look at). partials 16-byte aligned.
-// Grid: 1. Block: 1024.
+// norm[0] = sqrt(sum of the partials (blocks,)), which lie on 16 bytes. Grid: 1. Block: 1024.
 extern "C" __global__ void __launch_bounds__(kFinishThreads)
-grad_norm_finish(const float* __restrict__ partials, int blocks, const double* loss, OptimizerStep* step) {
+grad_norm_finish(const float* __restrict__ partials, int blocks, double* norm) {
     __shared__ double sums[kFinishThreads];
     double sum = 0;
 #pragma unroll 8
@@ -81,11 +79,5 @@ grad_norm_finish(const float* __restrict__ partials, int blocks, const double* l
         __syncthreads();
         if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
     }
-    if (threadIdx.x != 0) return;
-    const float norm = static_cast<float>(step->gradient_scale * sqrt(sums[0]));
-    const float ratio = step->max_norm / norm;
-    step->norm = norm;
-    step->factor = step->gradient_scale * (ratio < 1.f ? ratio : 1.f);
-    const bool loss_ok = loss == nullptr || (isfinite(*loss) && *loss <= step->max_loss);
-    step->apply = isfinite(norm) && loss_ok;
+    if (threadIdx.x == 0) norm[0] = sqrt(sums[0]);
 }

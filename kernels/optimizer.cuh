@@ -1,4 +1,4 @@
-// What the gradient norm and AdamW share: the table of tensors and the numbers of a step, both in device memory.
+// What the gradient norm and AdamW share: the table of tensors in device memory.
 #pragma once
 
 #include <cstdint>
@@ -21,20 +21,4 @@ struct OptimizerTensor {
     int64_t count;
     uint32_t first_block;
     uint32_t flags;
-};
-
-// The host writes the first part before a step, grad_norm_finish the rest.
-struct OptimizerStep {
-    float lr;
-    float weight_decay;
-    float correction1;     // 1 / (1 - beta1^t)
-    float correction2;     // 1 / (1 - beta2^t)
-    float gradient_scale;  // what the gradients are to be multiplied by, before any clipping
-    float max_norm;
-    float max_loss;  // a loss above it is a spike
-    uint32_t seed;   // of the rounding of bf16 and 8-bit moments: the step's number
-
-    float norm;      // of the scaled gradients
-    float factor;    // on every gradient: gradient_scale * min(1, max_norm / norm)
-    uint32_t apply;  // 0: weights and moments stay as they are
 };

@@ -3,8 +3,8 @@
 // scale).
 //
 // A block (_warp: a warp) takes a row at a time and walks over the rows: any grid is right. As many blocks a
-// multiprocessor are best as have 48 KB of dynamic shared memory in all (rms_norm 24, backward 64), rounded up, if so
-// many fit: fewer leave too few loads under way, more disturb each other in device memory.
+// multiprocessor are best as have 48 KB of dynamic shared memory in all (rms_norm 24, backward 64, in 8 bits 96),
+// rounded up, if so many fit: fewer leave too few loads under way, more disturb each other in device memory.
 
 #include "row.cuh"
 

@@ -15,7 +15,7 @@ use super::kernels::address;
 use super::kernels::attention::takes_head_dim;
 use super::kernels::bit_linear::Projection;
 use super::kernels::gemm::Float;
-use super::kernels::optimizer::{Optimizer, OptimizerStep, OptimizerTensor};
+use super::kernels::optimizer::{AdamWStep, Optimizer, OptimizerTensor};
 use super::kernels::rows::MAX_FEATURES;
 use super::kernels::ternary_weights::{TernaryTensor, TernaryWeights};
 use super::kernels::to_bf16::ToBf16;
@@ -139,10 +139,10 @@ impl Engine {
     pub fn loss_and_grad_norm(&mut self) -> Result<(f64, f64)> {
         self.network.stage(Stage::GradNorm)?;
         // SAFETY: the table's tensors belong to this engine.
-        unsafe { self.optimizer.grad_norm(self.network.gradient_scale)? };
+        let norm = unsafe { self.optimizer.grad_norm()? };
         self.network.stage(Stage::Other)?;
         let loss = self.network.take_loss()?;
-        Ok((loss, self.optimizer.read_step()?.norm.into()))
+        Ok((loss, norm * f64::from(self.network.gradient_scale)))
     }
 
     /// Updates the weights, quantises them anew, and starts the next step without gradients.
@@ -150,20 +150,20 @@ impl Engine {
     /// # Errors
     /// `Tensor` if the driver refuses.
     pub fn update(&mut self, update: &Update, t: u64) -> Result<()> {
-        let step = OptimizerStep {
+        let step = AdamWStep {
             lr: update.lr as f32,
             weight_decay: update.weight_decay as f32,
             correction1: update.correction1 as f32,
             correction2: update.correction2 as f32,
             factor: update.gradient as f32 * self.network.gradient_scale,
+            beta1: update.beta1 as f32,
+            beta2: update.beta2 as f32,
+            eps: update.eps as f32,
             seed: t as u32,
-            apply: 1,
-            ..OptimizerStep::default()
         };
-        let constants = [update.beta1, update.beta2, update.eps].map(|x| x as f32);
         self.network.stage(Stage::AdamW)?;
         // SAFETY: the table's tensors belong to this engine.
-        unsafe { self.optimizer.adamw(step, constants)? };
+        unsafe { self.optimizer.adamw(step)? };
         self.network.first = true;
         self.quantize()
     }

@@ -270,7 +270,7 @@ fn hopper_attention_of_64_features() {
     check_head_dim(64, true);
 }
 
-/// These heads do not start at multiples of 16 bytes: the launcher takes the portable kernels.
+/// These heads do not start at multiples of 16 bytes.
 #[test]
 fn hopper_attention_of_100_features() {
     check_head_dim(100, true);

@@ -4,7 +4,7 @@ use half::bf16;
 use titanbit::config::StateDtype;
 use titanbit::cuda::DevicePtr;
 use titanbit::cuda::kernels::gemm::Float;
-use titanbit::cuda::kernels::optimizer::{Optimizer, OptimizerStep, OptimizerTensor};
+use titanbit::cuda::kernels::optimizer::{AdamWStep, Optimizer, OptimizerTensor};
 use titanbit::train::STATE_BLOCK;
 
 use crate::check::{close, f64s};
@@ -15,6 +15,19 @@ const BETAS: [f64; 2] = [0.9, 0.95];
 const EPS: f64 = 1e-8;
 /// Values that a block of the kernels handles.
 const BLOCK: usize = 16384;
+
+/// The first step of a run, at a rate of 1e-3.
+const FIRST_STEP: AdamWStep = AdamWStep {
+    lr: 1e-3,
+    weight_decay: 0.0,
+    correction1: 1.0,
+    correction2: 1.0,
+    factor: 1.0,
+    beta1: BETAS[0] as f32,
+    beta2: BETAS[1] as f32,
+    eps: EPS as f32,
+    seed: 1,
+};
 
 /// f32 or bf16.
 enum Floats {
@@ -270,27 +283,20 @@ fn grad_norm() {
     let Some(gpu) = gpu() else { return };
     let mut random = Random::new();
     let mut weights = weights_of(&gpu, &mut random, StateDtype::F32);
-    let mut optimizer = load(&gpu, &weights, StateDtype::F32);
+    let optimizer = load(&gpu, &weights, StateDtype::F32);
     let gradients: Vec<Vec<f64>> = weights.iter().map(|w| w.gradient.read()).collect();
     let squares: f64 = gradients.iter().flatten().map(|g| g * g).sum();
-    let scale = 0.37;
-    unsafe { optimizer.grad_norm(scale) }.unwrap();
-    let step = optimizer.read_step().unwrap();
-    let want = f64::from(scale) * squares.sqrt();
-    close("grad_norm", &[step.norm], &[want], 1, 1e-6);
-    assert_eq!((step.factor, step.apply), (scale, 1), "nothing to clip");
+    let norm = unsafe { optimizer.grad_norm() }.unwrap();
+    close("grad_norm", &[norm], &[squares.sqrt()], 1, 1e-6);
 
     for (index, gradient) in gradients.iter().enumerate() {
         for bad in [f64::NAN, f64::INFINITY, 1e25] {
             let mut with_bad = gradient.clone();
             with_bad[random.below(gradient.len())] = bad;
             weights[index].gradient.write(&with_bad);
-            unsafe { optimizer.grad_norm(scale) }.unwrap();
-            let step = optimizer.read_step().unwrap();
-            let norm = step.norm;
+            let norm = unsafe { optimizer.grad_norm() }.unwrap();
             assert!(!norm.is_finite(), "{bad} in tensor {index}: {norm}");
             assert_eq!(norm.is_nan(), bad.is_nan(), "{bad} in tensor {index}");
-            assert_eq!(step.apply, 0, "{bad} in tensor {index}");
         }
         weights[index].gradient.write(gradient);
     }
@@ -304,11 +310,10 @@ fn grad_norm_of_many_tensors() {
     let weights = weights_of(&gpu, &mut random, StateDtype::F32);
     let count = 5003;
     let table = vec![weights[0].table_row(); count];
-    let mut optimizer = Optimizer::load(&gpu.device, &table, StateDtype::F32).unwrap();
-    unsafe { optimizer.grad_norm(1.0) }.unwrap();
+    let optimizer = Optimizer::load(&gpu.device, &table, StateDtype::F32).unwrap();
+    let norm = unsafe { optimizer.grad_norm() }.unwrap();
     let squares: f64 = weights[0].gradient.read().iter().map(|g| g * g).sum();
     let want = (count as f64 * squares).sqrt();
-    let norm = optimizer.read_step().unwrap().norm;
     close("grad_norm", &[norm], &[want], 1, 1e-6);
 }
 
@@ -317,9 +322,9 @@ fn check_adamw(state: StateDtype) {
     let Some(gpu) = gpu() else { return };
     let mut random = Random::new();
     let mut weights = weights_of(&gpu, &mut random, state);
-    let mut optimizer = load(&gpu, &weights, state);
+    let optimizer = load(&gpu, &weights, state);
     let [beta1, beta2] = BETAS;
-    let (lr, weight_decay) = (1e-3, 0.1);
+    let (lr, weight_decay) = (f64::from(FIRST_STEP.lr), 0.1);
     for (t, factor) in [(1, 1.0), (2, 0.37), (3, 2.0), (4, 0.01)] {
         let correction = |beta: f64| 1.0 / (1.0 - beta.powi(t));
         let mut wanted = Vec::new();
@@ -344,18 +349,15 @@ fn check_adamw(state: StateDtype) {
             }
             wanted.push((w, moves, m, v, g));
         }
-        let step = OptimizerStep {
-            lr: lr as f32,
+        let step = AdamWStep {
             weight_decay: weight_decay as f32,
             correction1: correction(beta1) as f32,
             correction2: correction(beta2) as f32,
             factor: factor as f32,
             seed: t as u32,
-            apply: 1,
-            ..OptimizerStep::default()
+            ..FIRST_STEP
         };
-        let constants = [beta1, beta2, EPS].map(|x| x as f32);
-        unsafe { optimizer.adamw(step, constants) }.unwrap();
+        unsafe { optimizer.adamw(step) }.unwrap();
         for (index, (weight, (w, moves, m, v, g))) in weights.iter().zip(wanted).enumerate() {
             let what = format!("{state:?} tensor {index} step {t}");
             let now = f64s(&weight.weights.read());
@@ -393,49 +395,6 @@ fn adamw_with_8_bit_moments() {
     check_adamw(StateDtype::Int8);
 }
 
-/// Of a step that is not applied only the gradients go.
-#[test]
-fn a_refused_step_changes_nothing() {
-    let Some(gpu) = gpu() else { return };
-    let mut random = Random::new();
-    for state in [StateDtype::F32, StateDtype::Bf16, StateDtype::Int8] {
-        let mut weights = weights_of(&gpu, &mut random, state);
-        let mut optimizer = load(&gpu, &weights, state);
-        let mut step = OptimizerStep {
-            lr: 1e-3,
-            correction1: 1.0,
-            correction2: 1.0,
-            factor: 1.0,
-            apply: 1,
-            ..OptimizerStep::default()
-        };
-        let constants = [BETAS[0], BETAS[1], EPS].map(|x| x as f32);
-        unsafe { optimizer.adamw(step, constants) }.unwrap();
-        let kept = |weight: &Weight| {
-            let [m, v] = &weight.moments;
-            (weight.weights.read(), m.read(false), v.read(true))
-        };
-        let before: Vec<_> = weights.iter().map(kept).collect();
-        for weight in &mut weights {
-            weight.gradient.write(&vec![f64::NAN; weight.count]);
-        }
-        step.apply = 0;
-        unsafe { optimizer.adamw(step, constants) }.unwrap();
-        for (weight, before) in weights.iter().zip(before) {
-            assert!(kept(weight) == before, "{state:?}");
-            let gradient = weight.gradient.read();
-            let expected = |g: &f64| {
-                if weight.keep_gradient {
-                    g.is_nan()
-                } else {
-                    *g == 0.0
-                }
-            };
-            assert!(gradient.iter().all(expected), "{state:?}");
-        }
-    }
-}
-
 /// A NaN that the norm was not asked about reaches its weight, and no other.
 #[test]
 fn adamw_passes_nan_on() {
@@ -443,7 +402,7 @@ fn adamw_passes_nan_on() {
     let mut random = Random::new();
     for state in [StateDtype::F32, StateDtype::Bf16, StateDtype::Int8] {
         let mut weights = weights_of(&gpu, &mut random, state);
-        let mut optimizer = load(&gpu, &weights, state);
+        let optimizer = load(&gpu, &weights, state);
         let mut bad = Vec::new();
         for weight in &mut weights {
             let mut gradient = gradient_of(&mut random, weight.count);
@@ -451,16 +410,7 @@ fn adamw_passes_nan_on() {
             gradient[bad[bad.len() - 1]] = f64::NAN;
             weight.gradient.write(&gradient);
         }
-        let step = OptimizerStep {
-            lr: 1e-3,
-            correction1: 1.0,
-            correction2: 1.0,
-            factor: 1.0,
-            apply: 1,
-            ..OptimizerStep::default()
-        };
-        let constants = [BETAS[0], BETAS[1], EPS].map(|x| x as f32);
-        unsafe { optimizer.adamw(step, constants) }.unwrap();
+        unsafe { optimizer.adamw(FIRST_STEP) }.unwrap();
         for (weight, bad) in weights.iter().zip(bad) {
             let is_nan = weight.weights.read().into_iter().map(f32::is_nan);
             let nan: Vec<usize> = is_nan.enumerate().filter(|x| x.1).map(|x| x.0).collect();

@@ -58,8 +58,7 @@ impl Attention {
             kv_heads: config.kv_heads,
             head_dim: config.head_dim(),
         };
-        // The bulk copies start at multiples of 16 bytes.
-        let version = match hopper && heads.head_dim.is_multiple_of(8) {
+        let version = match hopper {
             true => Version::Hopper(Hopper::load(device, heads)?),
             false => Version::Portable(Portable::load(device, heads)?),
         };

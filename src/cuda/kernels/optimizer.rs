@@ -2,7 +2,7 @@
 
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr, ValidAsZeroBits};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
 
 use super::gemm::Float;
 use super::{Kernel, Module, address, fatbin};
@@ -30,33 +30,25 @@ pub struct OptimizerTensor {
     pub keep_gradient: bool,
 }
 
-/// `OptimizerStep` of `kernels/optimizer.cuh`: what the host says of a step, and what the gradient
-/// norm's kernel answers.
-#[derive(Clone, Copy, Debug, Default)]
+/// `AdamWStep` of `kernels/adamw.cu`.
+#[derive(Clone, Copy, Debug)]
 #[repr(C)]
-pub struct OptimizerStep {
+pub struct AdamWStep {
     pub lr: f32,
     pub weight_decay: f32,
     pub correction1: f32,
     pub correction2: f32,
-    /// On the gradients before any clipping.
-    pub gradient_scale: f32,
-    pub max_norm: f32,
-    pub max_loss: f32,
-    /// Of the rounding of bf16 and 8-bit moments.
-    pub seed: u32,
-    /// Of the scaled gradients.
-    pub norm: f32,
     /// On every gradient, clipping included.
     pub factor: f32,
-    /// 0 leaves weights and moments as they are.
-    pub apply: u32,
+    pub beta1: f32,
+    pub beta2: f32,
+    pub eps: f32,
+    /// Of the rounding of bf16 and 8-bit moments.
+    pub seed: u32,
 }
 
 // SAFETY: plain numbers in C layout.
-unsafe impl DeviceRepr for OptimizerStep {}
-// SAFETY: as above.
-unsafe impl ValidAsZeroBits for OptimizerStep {}
+unsafe impl DeviceRepr for AdamWStep {}
 
 /// The blocks of tensors that share a gradient format.
 struct Group {
@@ -72,8 +64,7 @@ pub struct Optimizer {
     table: CudaSlice<u64>,
     tensor_of_block: CudaSlice<u32>,
     norm_partials: CudaSlice<f32>,
-    abs_sums: CudaSlice<f32>,
-    step: CudaSlice<OptimizerStep>,
+    norm: CudaSlice<f64>,
 }
 
 impl Optimizer {
@@ -117,31 +108,23 @@ impl Optimizer {
             groups,
             table: stream.clone_htod(&table).w()?,
             norm_partials: stream.alloc_zeros(tensor_of_block.len()).w()?,
-            abs_sums: stream.alloc_zeros(tensor_of_block.len()).w()?,
+            norm: stream.alloc_zeros(1).w()?,
             tensor_of_block: stream.clone_htod(&tensor_of_block).w()?,
-            step: stream.alloc_zeros(1).w()?,
         })
     }
 
-    /// Norm of all gradients times `gradient_scale`, into the step in device memory.
+    /// Norm of all gradients; waits for it.
     ///
     /// # Safety
     /// The tensors given to `load` must still be there.
     ///
     /// # Errors
-    /// `Tensor` if the driver refuses a launch.
-    pub unsafe fn grad_norm(&mut self, gradient_scale: f32) -> Result<()> {
-        let stream = self.step.stream().clone();
-        let asked = OptimizerStep {
-            gradient_scale,
-            max_norm: f32::MAX,
-            ..OptimizerStep::default()
-        };
-        stream.memcpy_htod(&[asked], &mut self.step).w()?;
+    /// `Tensor` if a kernel failed.
+    pub unsafe fn grad_norm(&self) -> Result<f64> {
         let table = DevicePtr::<u64>::new(address(&self.table));
         let tensor_of_block = DevicePtr::<u32>::new(address(&self.tensor_of_block));
         let partials = DevicePtr::<f32>::new(address(&self.norm_partials));
-        let step = DevicePtr::<OptimizerStep>::new(address(&self.step));
+        let norm = DevicePtr::<f64>::new(address(&self.norm));
         let blocks = self.tensor_of_block.len();
         // SAFETY: the table describes the tensors as the kernels take them.
         unsafe {
@@ -150,24 +133,14 @@ impl Optimizer {
                 NORM_THREADS,
                 &[&table, &tensor_of_block, &partials],
             )?;
-            self.grad_norm_finish.launch(
-                [1, 1, 1],
-                1024,
-                &[&partials, &(blocks as i32), &DevicePtr::<f64>::NULL, &step],
-            )
+            self.grad_norm_finish
+                .launch([1, 1, 1], 1024, &[&partials, &(blocks as i32), &norm])?;
         }
-    }
-
-    /// What the kernel answered; waits for it.
-    ///
-    /// # Errors
-    /// `Tensor` if a kernel failed.
-    pub fn read_step(&self) -> Result<OptimizerStep> {
-        let stream = self.step.stream();
-        let mut step = [OptimizerStep::default()];
-        stream.memcpy_dtoh(&self.step, &mut step).w()?;
+        let stream = self.norm.stream();
+        let mut norm = [0.0];
+        stream.memcpy_dtoh(&self.norm, &mut norm).w()?;
         stream.synchronize().w()?;
-        Ok(step[0])
+        Ok(norm[0])
     }
 
     /// Updates every weight as `step` says and zeroes the gradients.
@@ -177,17 +150,9 @@ impl Optimizer {
     ///
     /// # Errors
     /// `Tensor` if the driver refuses a launch.
-    pub unsafe fn adamw(
-        &mut self,
-        step: OptimizerStep,
-        [beta1, beta2, eps]: [f32; 3],
-    ) -> Result<()> {
-        let stream = self.step.stream().clone();
-        stream.memcpy_htod(&[step], &mut self.step).w()?;
+    pub unsafe fn adamw(&self, step: AdamWStep) -> Result<()> {
         let table = DevicePtr::<u64>::new(address(&self.table));
         let tensor_of_block = DevicePtr::<u32>::new(address(&self.tensor_of_block));
-        let abs_sums = DevicePtr::<f32>::new(address(&self.abs_sums));
-        let step = DevicePtr::<OptimizerStep>::new(address(&self.step));
         for group in &self.groups {
             let first_block = group.first_block as i32;
             // SAFETY: the table describes the tensors as the kernel takes them.
@@ -195,16 +160,7 @@ impl Optimizer {
                 group.adamw.launch(
                     [group.blocks, 1, 1],
                     ADAMW_THREADS,
-                    &[
-                        &table,
-                        &tensor_of_block,
-                        &step,
-                        &abs_sums,
-                        &first_block,
-                        &beta1,
-                        &beta2,
-                        &eps,
-                    ],
+                    &[&table, &tensor_of_block, &first_block, &step],
                 )?;
             }
         }

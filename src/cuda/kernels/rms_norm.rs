@@ -65,7 +65,7 @@ impl RmsNorm {
             },
             forward: load("rms_norm", block(32, 24))?,
             backward: load("rms_norm_backward", block(96, 64))?,
-            backward_quantize: load("rms_norm_backward_quantize", block(96, 64))?,
+            backward_quantize: load("rms_norm_backward_quantize", block(96, 96))?,
             column_sums: ColumnSums::load(&module)?,
             features,
             eps,
