@@ -96,15 +96,16 @@ __device__ __forceinline__ void key_gradients(const CUtensorMap* qkv, const CUte
     const TileOrder order(gridDim.z, kv_heads, gridDim.x, query_bytes);
     const Tile tile = order.tile((blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x);
     const int first_key = tile.rank * kKeys, kv_head = tile.head, batch = tile.batch;
-    const int key_column = (heads + kv_head) * head_dim, value_column = key_column + kv_heads * head_dim;
     const int first_query = first_key / kQueries * kQueries;
 
     if (warpgroup < 0) {
         fewer_registers<Shape::kCopyRegisters>();
         if (threadIdx.x > 0) return;
         barrier_expect(&shared.key_full, sizeof(shared.key) + sizeof(shared.value));
+        const int stride = head_stride(head_dim), key_column = (heads + kv_head) * stride;
         load_tile<kKeys, kHeadDim>(shared.key, qkv, &shared.key_full, key_column, first_key, batch);
-        load_tile<kKeys, kHeadDim>(shared.value, qkv, &shared.key_full, value_column, first_key, batch);
+        load_tile<kKeys, kHeadDim>(shared.value, qkv, &shared.key_full, key_column + kv_heads * stride, first_key,
+                                   batch);
         Ring<kStages> ring;
         for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
             const float* head_statistics =
@@ -114,8 +115,8 @@ __device__ __forceinline__ void key_gradients(const CUtensorMap* qkv, const CUte
                 barrier_wait(&shared.empty[i], ring.phase ^ 1);
                 barrier_expect(&shared.full[i],
                                sizeof(shared.query[i]) + sizeof(shared.dout[i]) + sizeof(shared.statistics[i]));
-                load_tile<kQueries, kHeadDim>(shared.query[i], qkv, &shared.full[i], head * head_dim, query, batch);
-                load_tile<kQueries, kHeadDim>(shared.dout[i], dout, &shared.full[i], head * head_dim, query, batch);
+                load_tile<kQueries, kHeadDim>(shared.query[i], qkv, &shared.full[i], head * stride, query, batch);
+                load_tile<kQueries, kHeadDim>(shared.dout[i], dout, &shared.full[i], head * stride, query, batch);
                 load_bytes(shared.statistics[i], head_statistics + query / kChunk * kStatistics, &shared.full[i],
                            sizeof(shared.statistics[i]));
                 ring.advance();
@@ -257,6 +258,7 @@ __device__ __forceinline__ void key_gradients(const CUtensorMap* qkv, const CUte
 
         const int row = first_key + warpgroup * kChunk + warp * 16;
         const int64_t width = static_cast<int64_t>(heads + 2 * kv_heads) * head_dim;
+        const int key_column = (heads + kv_head) * head_dim, value_column = key_column + kv_heads * head_dim;
         bf16* to = dqkv + (static_cast<int64_t>(batch) * seq + row) * width;
         bf16* scratch = shared.scratch + (warpgroup * kChunk + warp * 16) * kPanel;
         store_rows<kHeadDim>(dk, scale, scale, scratch, to + key_column, width, seq - row, head_dim);
@@ -299,6 +301,7 @@ __device__ __forceinline__ void query_gradients(const CUtensorMap* qkv, const CU
         if (threadIdx.x > 0) return;
         const int64_t kv_bytes = static_cast<int64_t>(seq) * head_dim * 2 * sizeof(bf16);
         const TileOrder order(batch, heads, row_tiles, (kv_bytes + group - 1) / group);
+        const int stride = head_stride(head_dim);
         Ring<kStages> ring;
         uint32_t tile_phase = 0;
         int index = blockIdx.x;
@@ -306,8 +309,8 @@ __device__ __forceinline__ void query_gradients(const CUtensorMap* qkv, const CU
             const int next = next_tile(&query_tiles_taken, order.tiles());
             const Tile tile = order.tile(index);
             const int tile_row = (row_tiles - 1 - tile.rank) * kQueries;
-            const int query_column = tile.head * head_dim, key_column = (heads + tile.head / group) * head_dim;
-            const int value_column = key_column + kv_heads * head_dim;
+            const int query_column = tile.head * stride, key_column = (heads + tile.head / group) * stride;
+            const int value_column = key_column + kv_heads * stride;
             const int first_block = tile_row / kChunk, head_blocks = statistics_blocks(seq);
             const uint32_t statistics_bytes =
                 min(kWarpgroups, head_blocks - first_block) * kStatistics * sizeof(float);

@@ -97,6 +97,7 @@ __device__ __forceinline__ void attention_forward(const CUtensorMap* qkv, bf16* 
         if (threadIdx.x > 0) return;
         const int64_t kv_bytes = static_cast<int64_t>(seq) * head_dim * 2 * sizeof(bf16);
         const TileOrder order(batch, heads, row_tiles, (kv_bytes + group - 1) / group);
+        const int stride = head_stride(head_dim);
         Ring<kStages> ring;
         uint32_t tile_phase = 0;
         int index = blockIdx.x;
@@ -104,13 +105,13 @@ __device__ __forceinline__ void attention_forward(const CUtensorMap* qkv, bf16* 
             const int next = next_tile(&tiles_taken, order.tiles());
             const Tile tile = order.tile(index);
             const int tile_row = (row_tiles - 1 - tile.rank) * kQueries;
-            const int key_column = (heads + tile.head / group) * head_dim;
+            const int key_column = (heads + tile.head / group) * stride;
             barrier_wait(&shared.query_empty, tile_phase ^ 1);
             shared.tile = tile;
             barrier_expect(&shared.query_full, sizeof(shared.query));
             for (int i = 0; i < kWarpgroups; ++i)
                 load_tile<kChunk, kHeadDim>(shared.query + i * kChunk * kHeadDim, qkv, &shared.query_full,
-                                            tile.head * head_dim, tile_row + i * kChunk, tile.batch);
+                                            tile.head * stride, tile_row + i * kChunk, tile.batch);
             tile_phase ^= 1;
             for (int key = last_key_block(tile_row + kQueries - 1, seq) * kKeys; key >= 0; key -= kKeys) {
                 const int i = ring.stage;
@@ -120,7 +121,7 @@ __device__ __forceinline__ void attention_forward(const CUtensorMap* qkv, bf16* 
                 barrier_wait(&shared.value_empty[i], ring.phase ^ 1);
                 barrier_expect(&shared.value_full[i], sizeof(shared.value[i]));
                 load_tile<kKeys, kHeadDim>(shared.value[i], qkv, &shared.value_full[i],
-                                           key_column + kv_heads * head_dim, key, tile.batch);
+                                           key_column + kv_heads * stride, key, tile.batch);
                 ring.advance();
             }
             index = next;

@@ -95,8 +95,9 @@ __device__ __forceinline__ void warp_arrive(uint64_t* barrier) {
 }
 
 // A tile of kRows x kHeadDim lies in shared memory as panels of 64 columns, a panel as its rows one after another.
-// It comes from (batch, seq, width) in boxes of 64 x 64, from `column` of the width on, a multiple of 8; rows from seq
-// on come as zeros. The map: bf16, sizes {width, seq, batch}, strides of 2 width and 2 width seq bytes, boxes of
+// It comes from (batch, seq, width) in boxes of 64 x 64, from `column` of the width on, a multiple of 8 (boxes start on
+// 16 bytes, so heads of other lengths are read from a copy with a distance of head_stride between them); rows from seq on
+// come as zeros. The map: bf16, sizes {width, seq, batch}, strides of 2 width and 2 width seq bytes, boxes of
 // {64, 64, 1}, element strides 1, no interleave, 128-byte swizzle, zeros outside, L2 promotion of 256 bytes.
 template <int kRows, int kHeadDim>
 __device__ __forceinline__ void load_tile(bf16* tile, const CUtensorMap* map, uint64_t* barrier, int column, int row,
@@ -116,6 +117,8 @@ __device__ __forceinline__ void load_bytes(void* shared, const void* global, uin
                  "l"(global), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
+
+__device__ __forceinline__ int head_stride(int head_dim) { return (head_dim + 7) / 8 * 8; }
 
 // A warpgroup zeroes the columns from head_dim on of its 64 rows: a box reaches into the next head there. One of the
 // two factors of a product over the head dimension needs it, for the other may then hold anything finite.

@@ -12,7 +12,7 @@ use half::bf16;
 
 use super::arena::DevicePtr;
 use super::backward::{Linear, NormBackward};
-use super::kernels::attention::AttentionGradient;
+use super::kernels::attention::{Attended, AttentionGradient};
 use super::kernels::bit_linear::Projection;
 use super::kernels::rms_norm::Normed;
 use super::network::{Batch, Network};
@@ -55,10 +55,19 @@ impl Network {
             self.stage(Stage::Rope)?;
             self.rope.rotate(saved.qkv, batch, false)?;
             self.stage(Stage::AttentionForward)?;
-            self.attention
-                .forward(saved.qkv, saved.attention, saved.log_sum_exp, batch)?;
+            self.attention.forward(&self.attended(index), batch)?;
         }
         self.normed_bit_linear(&sub, &projections.o, saved.x, saved.h, batch)
+    }
+
+    fn attended(&self, index: usize) -> Attended {
+        let saved = &self.workspace.layers[index];
+        Attended {
+            qkv: saved.qkv,
+            out: saved.attention,
+            log_sum_exp: saved.log_sum_exp,
+            scratch: self.workspace.attention,
+        }
     }
 
     /// h -> gate_proj and up_proj of its norm.
@@ -170,17 +179,16 @@ impl Network {
         self.norm_backward(&sub, &of, None, batch)?;
         self.weight_gradient(&o, batch)?;
 
-        let attention = AttentionGradient {
-            qkv: saved.qkv,
-            out: saved.attention,
-            log_sum_exp: saved.log_sum_exp,
+        let gradient = AttentionGradient {
             dout: ws.dattention,
             dqkv: ws.dqkv,
-            statistics: ws.attention_statistics,
         };
         self.stage(Stage::AttentionBackward)?;
         // SAFETY: buffers are those of the workspace, made for these shapes.
-        unsafe { self.attention.backward(&attention, batch)? };
+        unsafe {
+            self.attention
+                .backward(&self.attended(index), gradient, batch)?
+        };
         self.rope_backward(&qkv, batch)?;
         self.input_gradient(&qkv, batch)?;
         let below = index

@@ -32,5 +32,5 @@ pub use network::{Batch, Gradient};
 #[cfg(feature = "cuda")]
 pub use token_groups::TokenGroups;
 #[cfg(feature = "cuda")]
-pub use workspace::{NORM_PARTS, NormStatistics, QuantizedGradient};
+pub use workspace::{AttentionScratch, NORM_PARTS, NormStatistics, QuantizedGradient};
 pub use workspace::{Sizes, Workspace};

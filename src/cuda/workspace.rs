@@ -26,6 +26,7 @@ pub struct Sizes {
     /// Features of queries, keys and values together, and of values.
     pub qkv: usize,
     pub kv: usize,
+    pub head_dim: usize,
     pub intermediate: usize,
     pub heads: usize,
     pub vocab: usize,
@@ -44,6 +45,7 @@ impl Sizes {
             hidden: config.hidden_size,
             qkv: config.hidden_size + 2 * kv,
             kv,
+            head_dim: config.head_dim(),
             intermediate: config.intermediate_size,
             heads: config.heads,
             vocab: config.vocab_size,
@@ -71,9 +73,22 @@ impl Sizes {
         self.rows * self.heads * self.seq.div_ceil(128) * 2 * 128
     }
 
+    /// Width of the copy of so many features that the Hopper attention reads, if it needs one.
+    pub fn aligned_heads(&self, features: usize) -> usize {
+        match head_stride(self.head_dim) {
+            stride if stride == self.head_dim => 0,
+            stride => features / self.head_dim * stride,
+        }
+    }
+
     pub fn logit_rows(&self) -> usize {
         self.tokens.min(LOGIT_ROWS)
     }
+}
+
+/// Distance between heads as the Hopper attention reads them: its bulk copies start on 16 bytes.
+pub fn head_stride(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(8)
 }
 
 /// Tokens of a row of a transposed fp8 operand: cuBLASLt wants multiples of 16.
@@ -130,11 +145,22 @@ pub struct Workspace {
     pub dqkv: DevicePtr<bf16>,
     /// Gradient of the attention's output, (tokens, hidden).
     pub dattention: DevicePtr<bf16>,
-    pub attention_statistics: DevicePtr<f32>,
+    pub attention: AttentionScratch,
     /// (NORM_PARTS, widest).
     pub norm_parts: DevicePtr<f32>,
     /// Partial rows of the embedding's gradient.
     pub embedding_parts: DevicePtr<f32>,
+}
+
+/// What attention needs while it runs.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionScratch {
+    /// [`Sizes::attention_statistics`] values.
+    pub statistics: DevicePtr<f32>,
+    /// Copies with a distance of [`head_stride`] between heads, where that is not head_dim: of
+    /// queries, keys and values, and of the gradient by the output.
+    pub qkv: DevicePtr<bf16>,
+    pub dout: DevicePtr<bf16>,
 }
 
 /// What the backward products of one projection at a time read.
@@ -252,7 +278,11 @@ impl Workspace {
             operands: Operands::lay_out(sizes, config.precision.backward, arena),
             dqkv: arena.take(tokens * qkv),
             dattention: arena.take(tokens * hidden),
-            attention_statistics: arena.take(sizes.attention_statistics()),
+            attention: AttentionScratch {
+                statistics: arena.take(sizes.attention_statistics()),
+                qkv: arena.take(tokens * sizes.aligned_heads(qkv)),
+                dout: arena.take(tokens * sizes.aligned_heads(hidden)),
+            },
             norm_parts: arena.take(NORM_PARTS * widest),
             embedding_parts: arena.take(TokenGroups::partial_rows(tokens) * hidden),
         }

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use half::bf16;
 use titanbit::config::Config;
-use titanbit::cuda::kernels::attention::{Attention, AttentionGradient, takes_head_dim};
-use titanbit::cuda::{Batch, Sizes};
+use titanbit::cuda::kernels::attention::{Attended, Attention, AttentionGradient, takes_head_dim};
+use titanbit::cuda::{AttentionScratch, Batch, Sizes};
 use titanbit::model::BitNetConfig;
 
 use crate::check::{close, exact, f64s, near};
@@ -61,7 +61,7 @@ pub fn columns<T: Copy>(values: &[T], width: usize, columns: Range<usize>) -> Ve
         .collect()
 }
 
-struct Attended {
+struct Wanted {
     out: Vec<f64>,
     log_sum_exp: Vec<f64>,
     dqkv: Vec<f64>,
@@ -78,7 +78,7 @@ fn add(sum: &mut [f64], x: &[f64], factor: f64) {
 }
 
 /// Softmax by softmax.
-fn attend(shape: Shape, qkv: &[bf16], dout: &[bf16]) -> Attended {
+fn attend(shape: Shape, qkv: &[bf16], dout: &[bf16]) -> Wanted {
     let Shape {
         seq,
         heads,
@@ -130,7 +130,7 @@ fn attend(shape: Shape, qkv: &[bf16], dout: &[bf16]) -> Attended {
             }
         }
     }
-    Attended {
+    Wanted {
         out,
         log_sum_exp,
         dqkv,
@@ -159,23 +159,30 @@ fn run(gpu: &Gpu, hopper: bool, shape: Shape, qkv: &[bf16], dout: &[bf16]) -> On
     (config.train.micro_batch, config.train.seq_len) = (shape.rows, shape.seq);
     let sizes = Sizes::new(&config);
     let statistics = gpu.poisoned(sizes.attention_statistics());
-    let (out, log_sum_exp) = (on_gpu.out.ptr(), on_gpu.log_sum_exp.ptr());
-    let gradient = AttentionGradient {
+    let copy_of = |features| gpu.poisoned(shape.tokens() * sizes.aligned_heads(features));
+    let [qkv_copy, dout_copy] = [shape.qkv(), shape.hidden()].map(copy_of);
+    let layer = Attended {
         qkv: qkv.ptr(),
-        out,
-        log_sum_exp,
+        out: on_gpu.out.ptr(),
+        log_sum_exp: on_gpu.log_sum_exp.ptr(),
+        scratch: AttentionScratch {
+            statistics: statistics.ptr(),
+            qkv: qkv_copy.ptr(),
+            dout: dout_copy.ptr(),
+        },
+    };
+    let gradient = AttentionGradient {
         dout: dout.ptr(),
         dqkv: on_gpu.dqkv.ptr(),
-        statistics: statistics.ptr(),
     };
     unsafe {
-        attention
-            .forward(qkv.ptr(), out, log_sum_exp, shape.batch())
-            .unwrap();
-        attention.backward(&gradient, shape.batch()).unwrap();
+        attention.forward(&layer, shape.batch()).unwrap();
+        attention.backward(&layer, gradient, shape.batch()).unwrap();
     }
     // The guards are checked, and the inputs outlive the kernels.
     statistics.read();
+    qkv_copy.read();
+    dout_copy.read();
     on_gpu
 }
 

@@ -10,6 +10,7 @@ use super::{Kernel, Module, fatbin};
 use crate::Result;
 use crate::cuda::DevicePtr;
 use crate::cuda::network::Batch;
+use crate::cuda::workspace::{AttentionScratch, head_stride};
 use crate::model::BitNetConfig;
 
 /// Head dimensions there is an instance for: multiples of 4 up to 112, and 120 and 128.
@@ -35,18 +36,23 @@ enum Version {
     Hopper(Hopper),
 }
 
-/// What the backward pass reads and writes.
+/// One layer's attention.
+#[derive(Clone, Copy, Debug)]
+pub struct Attended {
+    /// (batch, seq, heads + 2 kv_heads, head_dim).
+    pub qkv: DevicePtr<bf16>,
+    /// (batch, seq, heads, head_dim).
+    pub out: DevicePtr<bf16>,
+    /// (batch, heads, seq).
+    pub log_sum_exp: DevicePtr<f32>,
+    pub scratch: AttentionScratch,
+}
+
+/// Of `out` and of `qkv`.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionGradient {
-    pub qkv: DevicePtr<bf16>,
-    /// The forward pass's output and log_sum_exp, and the gradient by the output.
-    pub out: DevicePtr<bf16>,
-    pub log_sum_exp: DevicePtr<f32>,
     pub dout: DevicePtr<bf16>,
-    /// The gradient by qkv.
     pub dqkv: DevicePtr<bf16>,
-    /// Scratch of [`crate::cuda::Sizes::attention_statistics`] values.
-    pub statistics: DevicePtr<f32>,
 }
 
 impl Attention {
@@ -65,46 +71,41 @@ impl Attention {
         Ok(Self { heads, version })
     }
 
-    /// out (batch, seq, heads * head_dim), log_sum_exp (batch, heads, seq).
+    /// `out` and `log_sum_exp` of `qkv`.
     ///
     /// # Safety
     /// The addresses must hold what the shapes say.
     ///
     /// # Errors
     /// `Tensor` if the driver refuses the launch.
-    pub unsafe fn forward(
-        &self,
-        qkv: DevicePtr<bf16>,
-        out: DevicePtr<bf16>,
-        log_sum_exp: DevicePtr<f32>,
-        batch: Batch,
-    ) -> Result<()> {
+    pub unsafe fn forward(&self, of: &Attended, batch: Batch) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe {
             match &self.version {
-                Version::Portable(kernels) => {
-                    kernels.forward(self.heads, qkv, out, log_sum_exp, batch)
-                }
-                Version::Hopper(kernels) => {
-                    kernels.forward(self.heads, qkv, out, log_sum_exp, batch)
-                }
+                Version::Portable(kernels) => kernels.forward(self.heads, of, batch),
+                Version::Hopper(kernels) => kernels.forward(self.heads, of, batch),
             }
         }
     }
 
-    /// Every value of `dqkv`.
+    /// Every value of `gradient.dqkv`, after [`Self::forward`].
     ///
     /// # Safety
     /// The addresses must hold what the shapes say.
     ///
     /// # Errors
     /// `Tensor` if the driver refuses a launch.
-    pub unsafe fn backward(&self, of: &AttentionGradient, batch: Batch) -> Result<()> {
+    pub unsafe fn backward(
+        &self,
+        of: &Attended,
+        gradient: AttentionGradient,
+        batch: Batch,
+    ) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe {
             match &self.version {
-                Version::Portable(kernels) => kernels.backward(self.heads, of, batch),
-                Version::Hopper(kernels) => kernels.backward(self.heads, of, batch),
+                Version::Portable(kernels) => kernels.backward(self.heads, of, gradient, batch),
+                Version::Hopper(kernels) => kernels.backward(self.heads, of, gradient, batch),
             }
         }
     }
@@ -121,14 +122,6 @@ impl Heads {
             self.head_dim,
         ]
         .map(|size| size as i32)
-    }
-
-    fn features(&self) -> usize {
-        self.heads * self.head_dim
-    }
-
-    fn qkv_features(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) * self.head_dim
     }
 
     fn is_narrow(&self) -> bool {
@@ -169,14 +162,7 @@ impl Portable {
         })
     }
 
-    unsafe fn forward(
-        &self,
-        model: Heads,
-        qkv: DevicePtr<bf16>,
-        out: DevicePtr<bf16>,
-        log_sum_exp: DevicePtr<f32>,
-        batch: Batch,
-    ) -> Result<()> {
+    unsafe fn forward(&self, model: Heads, of: &Attended, batch: Batch) -> Result<()> {
         let [rows, seq, heads, kv_heads, head_dim] = &model.sizes(batch);
         let blocks = batch.seq.div_ceil(self.block_queries[0]);
         // SAFETY: the arguments are those of the kernel.
@@ -185,9 +171,9 @@ impl Portable {
                 [model.heads, batch.rows, blocks],
                 Self::THREADS,
                 &[
-                    &qkv,
-                    &out,
-                    &log_sum_exp,
+                    &of.qkv,
+                    &of.out,
+                    &of.log_sum_exp,
                     rows,
                     seq,
                     heads,
@@ -198,11 +184,17 @@ impl Portable {
         }
     }
 
-    unsafe fn backward(&self, model: Heads, of: &AttentionGradient, batch: Batch) -> Result<()> {
+    unsafe fn backward(
+        &self,
+        model: Heads,
+        of: &Attended,
+        gradient: AttentionGradient,
+        batch: Batch,
+    ) -> Result<()> {
         const DELTA_TOKENS: usize = 32;
         const DELTA_THREADS: usize = 256;
         let [rows, seq, heads, kv_heads, head_dim] = &model.sizes(batch);
-        let delta = of.statistics;
+        let delta = of.scratch.statistics;
         let key_blocks = batch.seq.div_ceil(Self::BLOCK_KEYS);
         let query_blocks = batch.seq.div_ceil(self.block_queries[1]);
         // SAFETY: the arguments are those of the kernels; each writes its own part of dqkv.
@@ -210,7 +202,7 @@ impl Portable {
             self.delta.launch(
                 [batch.seq.div_ceil(DELTA_TOKENS), batch.rows, 1],
                 DELTA_THREADS,
-                &[&of.out, &of.dout, &delta, seq, heads, head_dim],
+                &[&of.out, &gradient.dout, &delta, seq, heads, head_dim],
             )?;
             for (kernel, first, blocks) in [
                 (&self.keys, model.kv_heads, key_blocks),
@@ -221,10 +213,10 @@ impl Portable {
                     Self::THREADS,
                     &[
                         &of.qkv,
-                        &of.dout,
+                        &gradient.dout,
                         &of.log_sum_exp,
                         &delta,
-                        &of.dqkv,
+                        &gradient.dqkv,
                         rows,
                         seq,
                         heads,
@@ -240,6 +232,8 @@ impl Portable {
 
 /// wgmma and TMA.
 struct Hopper {
+    /// Makes the copies of which the others read heads that do not begin on 16 bytes.
+    align: Kernel,
     forward: Kernel,
     statistics: Kernel,
     keys: Kernel,
@@ -263,6 +257,7 @@ impl Hopper {
         let name = |name| format!("attention_{name}_hopper_{width}");
         let forward = forward.kernel(&name("forward"), bytes[0])?;
         Ok(Self {
+            align: Module::load(device, fatbin!("align_heads"))?.kernel("align_heads", 0)?,
             statistics: backward.kernel("attention_statistics_hopper", 0)?,
             keys: backward.kernel(&name("key_gradients"), bytes[1])?,
             queries: backward.kernel(&name("query_gradients"), bytes[2])?,
@@ -272,37 +267,63 @@ impl Hopper {
         })
     }
 
-    /// Rows of `features` values for each token.
-    fn map(values: DevicePtr<bf16>, features: usize, batch: Batch) -> Result<TensorMap> {
+    /// Heads of each token, by way of `copy` if they do not begin on 16 bytes.
+    ///
+    /// # Safety
+    /// `values` must hold as many heads, `copy` as many of [`head_stride`] features.
+    unsafe fn map(
+        &self,
+        values: DevicePtr<bf16>,
+        copy: DevicePtr<bf16>,
+        (heads, head_dim): (usize, usize),
+        batch: Batch,
+    ) -> Result<TensorMap> {
+        const ALIGN_THREADS: usize = 256;
+        let stride = head_stride(head_dim);
+        let mut address = values.address();
+        if stride != head_dim {
+            let (heads, head_dim) = (heads as i32, head_dim as i32);
+            // SAFETY: the arguments are those of the kernel.
+            unsafe {
+                self.align.launch(
+                    [batch.tokens(), 1, 1],
+                    ALIGN_THREADS,
+                    &[&values, &copy, &heads, &head_dim],
+                )?;
+            }
+            address = copy.address();
+        }
+        let features = heads * stride;
         let bytes = features * size_of::<bf16>();
         TensorMap::new(
             Element::Bf16,
-            values.address(),
+            address,
             [features, batch.seq, batch.rows],
             &[bytes, bytes * batch.seq],
             [64, 64, 1],
         )
     }
 
-    unsafe fn forward(
-        &self,
-        model: Heads,
-        qkv: DevicePtr<bf16>,
-        out: DevicePtr<bf16>,
-        log_sum_exp: DevicePtr<f32>,
-        batch: Batch,
-    ) -> Result<()> {
+    /// # Safety
+    /// As [`Self::map`].
+    unsafe fn map_qkv(&self, model: Heads, of: &Attended, batch: Batch) -> Result<TensorMap> {
+        let heads = (model.heads + 2 * model.kv_heads, model.head_dim);
+        // SAFETY: the caller's promise.
+        unsafe { self.map(of.qkv, of.scratch.qkv, heads, batch) }
+    }
+
+    unsafe fn forward(&self, model: Heads, of: &Attended, batch: Batch) -> Result<()> {
         let [rows, seq, heads, kv_heads, head_dim] = &model.sizes(batch);
-        let qkv = Self::map(qkv, model.qkv_features(), batch)?;
         // SAFETY: the arguments are those of the kernel.
         unsafe {
+            let qkv = self.map_qkv(model, of, batch)?;
             self.forward.launch(
                 [self.processors, 1, 1],
                 self.threads,
                 &[
                     &qkv,
-                    &out,
-                    &log_sum_exp,
+                    &of.out,
+                    &of.log_sum_exp,
                     rows,
                     seq,
                     heads,
@@ -313,23 +334,32 @@ impl Hopper {
         }
     }
 
-    unsafe fn backward(&self, model: Heads, of: &AttentionGradient, batch: Batch) -> Result<()> {
+    unsafe fn backward(
+        &self,
+        model: Heads,
+        of: &Attended,
+        gradient: AttentionGradient,
+        batch: Batch,
+    ) -> Result<()> {
         const STATISTICS_THREADS: usize = 256;
         const KEY_THREADS: usize = 384;
         let [rows, seq, heads, kv_heads, head_dim] = &model.sizes(batch);
-        let qkv = Self::map(of.qkv, model.qkv_features(), batch)?;
-        let dout = Self::map(of.dout, model.features(), batch)?;
+        let AttentionGradient { dout, dqkv } = gradient;
+        let statistics = of.scratch.statistics;
         let blocks = batch.seq.div_ceil(Self::BLOCK_TOKENS);
         // SAFETY: the arguments are those of the kernels; each writes its own part of dqkv.
         unsafe {
+            let qkv_map = self.map_qkv(model, of, batch)?;
+            let dout_heads = (model.heads, model.head_dim);
+            let dout_map = self.map(dout, of.scratch.dout, dout_heads, batch)?;
             self.statistics.launch(
                 [blocks, model.heads, batch.rows],
                 STATISTICS_THREADS,
                 &[
                     &of.out,
-                    &of.dout,
+                    &dout,
                     &of.log_sum_exp,
-                    &of.statistics,
+                    &statistics,
                     seq,
                     heads,
                     head_dim,
@@ -339,10 +369,10 @@ impl Hopper {
                 [blocks, model.kv_heads, batch.rows],
                 KEY_THREADS,
                 &[
-                    &qkv,
-                    &dout,
-                    &of.statistics,
-                    &of.dqkv,
+                    &qkv_map,
+                    &dout_map,
+                    &statistics,
+                    &dqkv,
                     seq,
                     heads,
                     kv_heads,
@@ -353,10 +383,10 @@ impl Hopper {
                 [self.processors, 1, 1],
                 self.threads,
                 &[
-                    &qkv,
-                    &dout,
-                    &of.statistics,
-                    &of.dqkv,
+                    &qkv_map,
+                    &dout_map,
+                    &statistics,
+                    &dqkv,
                     rows,
                     seq,
                     heads,
