@@ -21,8 +21,8 @@ __device__ __forceinline__ void store8(bf16* p, const Bf16x8& v) { *reinterpret_
 __device__ __forceinline__ void unpack8(const Bf16x8& v, float (&out)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const float2 f = __bfloat1622float2(v.pair[i]);
-        out[2 * i] = f.x, out[2 * i + 1] = f.y;
+        const uint32_t pair = reinterpret_cast<const uint32_t&>(v.pair[i]);
+        out[2 * i] = __uint_as_float(pair << 16), out[2 * i + 1] = __uint_as_float(pair & 0xffff0000u);
     }
 }
 

@@ -3,8 +3,8 @@
 // scale).
 //
 // A block takes a row at a time and walks over the rows: any grid is right. As many blocks a multiprocessor are best as
-// have 48 KB of dynamic shared memory in all (backward 96), rounded up, if so many fit: fewer leave too few loads under
-// way, more disturb each other in device memory.
+// have 48 KB of dynamic shared memory in all (backward 96, in 8 bits 64), rounded up, if so many fit: fewer leave too
+// few loads under way, more disturb each other in device memory.
 
 #include "row.cuh"
 
@@ -101,6 +101,7 @@ __device__ __forceinline__ void backward_rows(const bf16* dn, const bf16* gate_u
     constexpr bool kQuantize = sizeof(Input) == 1;
     Rows<kVectors, true, 3> part(features);
     const int step = part.step();
+    const float per_feature = __fdividef(1.f, features);
     const float b_gate = kQuantize ? w_scale[0] : 0.f, b_up = kQuantize ? w_scale[1] : 0.f;
     float r_next = 0.f, s_next = 0.f;
     const auto fetch = [&](int row) {
@@ -125,6 +126,7 @@ __device__ __forceinline__ void backward_rows(const bf16* dn, const bf16* gate_u
         float dot = 0.f;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
+            if (!part.inside(i)) continue;  // a branch, lest the compiler interleave vectors, and spill
             float dn_value[8], gate[8], up[8], w[8], rounded[8];
             unpack8(*part.staged(0, i), dn_value);
             unpack8(*part.staged(1, i), gate);
@@ -138,15 +140,16 @@ __device__ __forceinline__ void backward_rows(const bf16* dn, const bf16* gate_u
                 sums[i][j] = fmaf(dn_value[j], f * r, sums[i][j]);
                 rounded[j] = rounded_code(product, factor);
             }
-            if (part.inside(i)) store_inputs(inputs + at + 8 * part.vector(i), rounded, s);
+            store_inputs(inputs + at + 8 * part.vector(i), rounded, s);
         }
-        float shrink = part.reduce_sum(dot) / features * r * r;
+        float shrink = part.reduce_sum(dot) * per_feature * r * r;
         if (!kQuantize) shrink *= r;  // else df is df / r: r comes with the factor of the codes
 
         Bf16x8 dgate[kVectors], dup[kVectors];
         float gate_max = 0.f, up_max = 0.f;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
+            if (!part.inside(i)) continue;
             float dn_value[8], gate[8], up[8], w[8];
             unpack8(*part.staged(0, i), dn_value);
             unpack8(*part.staged(1, i), gate);
@@ -164,7 +167,6 @@ __device__ __forceinline__ void backward_rows(const bf16* dn, const bf16* gate_u
             }
             dgate[i] = pack8(gate), dup[i] = pack8(up);
             if constexpr (!kQuantize) {
-                if (!part.inside(i)) continue;
                 bf16* out = dgate_up + 2 * at + 8 * part.vector(i);
                 store8(out, dgate[i]);
                 store8(out + features, dup[i]);
@@ -175,8 +177,9 @@ __device__ __forceinline__ void backward_rows(const bf16* dn, const bf16* gate_u
         if constexpr (kQuantize) {
             const float absmax = part.reduce_max(max_abs(gate_max * b_gate, up_max * b_up)) * r;
             const float ds = code_scale(absmax, kGradientFloor);
-            const float gate_factor = code_factor(b_gate * r, ds), up_factor = code_factor(b_up * r, ds);
-            const float fp8_factor = kFp8PerCode * code_factor(smaller(b_gate, b_up) * r, ds);
+            const float df_factor = code_factor(r, ds);
+            const float gate_factor = b_gate * df_factor, up_factor = b_up * df_factor;
+            const float fp8_factor = kFp8PerCode * smaller(gate_factor, up_factor);
 #pragma unroll
             for (int i = 0; i < kVectors; ++i) {
                 if (!part.inside(i)) continue;
@@ -243,5 +246,24 @@ relu2_backward_quantize(const bf16* dn, const bf16* gate_up, const float* weight
                         int8_t* codes, int8_t* dcodes, uint8_t* dfp8, float* dscale, const float* w_scale,
                         float* dweight_partials, int rows, int features) {
     backward_rows<Relu2, 2>(dn, gate_up, weight, rstd, scale, nullptr, {dcodes, dfp8}, codes, dscale, w_scale,
+                            dweight_partials, rows, features);
+}
+
+// The same for features <= 9216, faster above 8192, where registers leave room for two of these blocks on a
+// multiprocessor, but one of those. Blocks of round32(ceil(features / 24)) threads; 144 bytes of dynamic shared memory
+// a thread.
+extern "C" __global__ void __launch_bounds__(384, 2)
+swiglu_backward_quantize_wide(const bf16* dn, const bf16* gate_up, const float* weight, const float* rstd,
+                              const float* scale, int8_t* codes, int8_t* dcodes, uint8_t* dfp8, float* dscale,
+                              const float* w_scale, float* dweight_partials, int rows, int features) {
+    backward_rows<Silu, 3>(dn, gate_up, weight, rstd, scale, nullptr, {dcodes, dfp8}, codes, dscale, w_scale,
+                           dweight_partials, rows, features);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 2)
+relu2_backward_quantize_wide(const bf16* dn, const bf16* gate_up, const float* weight, const float* rstd,
+                             const float* scale, int8_t* codes, int8_t* dcodes, uint8_t* dfp8, float* dscale,
+                             const float* w_scale, float* dweight_partials, int rows, int features) {
+    backward_rows<Relu2, 3>(dn, gate_up, weight, rstd, scale, nullptr, {dcodes, dfp8}, codes, dscale, w_scale,
                             dweight_partials, rows, features);
 }

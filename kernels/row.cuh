@@ -35,7 +35,8 @@ struct Rows {
 
     __device__ static Bf16x8* staged(int input, int i) {
         extern __shared__ __align__(16) unsigned char shared[];
-        return reinterpret_cast<Bf16x8*>(shared) + (input * kVectors + i) * blockDim.x + threadIdx.x;
+        const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;  // together: constant offsets
+        return reinterpret_cast<Bf16x8*>(shared) + ((warp * kInputs + input) * kVectors + i) * kWarp + lane;
     }
 
     // Starts the copy of a row of array `input`.

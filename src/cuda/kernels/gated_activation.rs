@@ -37,10 +37,17 @@ impl GatedActivation {
         Ok(Self {
             quantize: load("quantize", Spread::block(features, 16, 64, 48 << 10))?,
             backward: load("backward", Spread::block(features, 32, 192, 96 << 10))?,
-            backward_quantize: load(
-                "backward_quantize",
-                Spread::block(features, 16, 96, 96 << 10),
-            )?,
+            backward_quantize: match features {
+                // Of the other kernel a multiprocessor holds one block only.
+                8193..=9216 => load(
+                    "backward_quantize_wide",
+                    Spread::block(features, 24, 144, 96 << 10),
+                )?,
+                _ => load(
+                    "backward_quantize",
+                    Spread::block(features, 16, 96, 64 << 10),
+                )?,
+            },
             column_sums: ColumnSums::load(&norms)?,
             features,
             eps: config.rms_norm_eps as f32,
