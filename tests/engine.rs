@@ -170,18 +170,23 @@ fn worst_difference(parameters: &Parameters, got: &[Tensor], want: &[Tensor]) ->
     worst
 }
 
-/// What is computed anew is what was kept; and the same step twice gives the same bits.
+/// What is computed anew is what was kept; a replayed pass is the one that was launched; and the same
+/// step twice gives the same bits.
 #[test]
-fn recomputation_changes_no_bit() {
+fn recomputation_and_replay_change_no_bit() {
     let Some(device) = gpu() else { return };
-    let run = |backward, recompute, layers| {
+    let run = |backward, recompute, layers, replayed: bool| {
         let mut config = config();
         config.precision.backward = backward;
         config.train.recompute = recompute;
         config.train.recompute_layers = layers;
         let mut gpu = engine(&config, &device);
+        if !replayed {
+            gpu.engine.start_profile(&config);
+        }
         let mut losses = Vec::new();
-        for t in 1..=3 {
+        // The first step is launched, the second recorded, the others are replayed.
+        for t in 1..=4 {
             for micro in 0..2 {
                 let batch = batch(&config, 10 * t + micro);
                 gpu.engine.accumulate(&batch, 0.5).unwrap();
@@ -205,7 +210,7 @@ fn recomputation_changes_no_bit() {
         (losses, weights)
     };
     for backward in [BackwardDtype::Bf16, BackwardDtype::Fp8] {
-        let want = run(backward, Recompute::None, None);
+        let want = run(backward, Recompute::None, None, false);
         println!("{:?}", want.0);
         for (recompute, layers) in [
             (Recompute::None, None),
@@ -213,7 +218,7 @@ fn recomputation_changes_no_bit() {
             (Recompute::Full, None),
             (Recompute::Selective, Some(2)),
         ] {
-            let got = run(backward, recompute, layers);
+            let got = run(backward, recompute, layers, true);
             assert_eq!(got.0, want.0, "{recompute:?}");
             assert!(got.1 == want.1, "{recompute:?}: other weights");
         }

@@ -22,6 +22,10 @@
     DO(cuEventSynchronize)                                                                         \
     DO(cuFuncSetAttribute)                                                                         \
     DO(cuGetErrorString)                                                                           \
+    DO(cuGraphDestroy)                                                                             \
+    DO(cuGraphExecDestroy)                                                                         \
+    DO(cuGraphInstantiateWithFlags)                                                                \
+    DO(cuGraphLaunch)                                                                              \
     DO(cuInit)                                                                                     \
     DO(cuLaunchKernel)                                                                             \
     DO(cuMemAllocAsync)                                                                            \
@@ -41,8 +45,10 @@
     DO(cuModuleLoadData)                                                                           \
     DO(cuModuleUnload)                                                                             \
     DO(cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags)                                       \
+    DO(cuStreamBeginCapture_v2)                                                                    \
     DO(cuStreamCreate)                                                                             \
     DO(cuStreamDestroy_v2)                                                                         \
+    DO(cuStreamEndCapture)                                                                         \
     DO(cuStreamIsCapturing)                                                                        \
     DO(cuStreamSynchronize)                                                                        \
     DO(cuStreamWaitEvent)                                                                          \

@@ -1,6 +1,7 @@
 //! A micro-batch's way to the GPU: through pinned memory, on a stream of its own, while the GPU
-//! still computes on the one before.
+//! still computes on the one before; then to the place where the kernels read every batch.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::CudaDevice;
@@ -14,9 +15,6 @@ use super::kernels::address;
 use super::token_groups::TokenGroups;
 use crate::Result;
 
-/// Batches under way: one that is computed on, one that is copied.
-const SLOTS: usize = 2;
-
 /// A micro-batch in device memory.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceBatch {
@@ -25,17 +23,14 @@ pub struct DeviceBatch {
     pub groups: TokenGroups<DevicePtr<u32>>,
 }
 
-struct Slot {
-    host: PinnedHostSlice<u32>,
-    device: CudaSlice<u32>,
-    copied: CudaEvent,
-    /// The GPU is done with the batch that was here.
-    used: CudaEvent,
-}
-
 pub struct Input {
-    slots: Vec<Slot>,
-    next: usize,
+    host: PinnedHostSlice<u32>,
+    arrived: CudaSlice<u32>,
+    current: CudaSlice<u32>,
+    /// `arrived` is written, and read.
+    copied: CudaEvent,
+    taken: CudaEvent,
+    tokens: usize,
     vocab: usize,
     compute: Arc<CudaStream>,
     copy: Arc<CudaStream>,
@@ -50,42 +45,41 @@ impl Input {
         let compute = device.cuda_stream();
         let context = compute.context();
         let copy = context.new_stream().w()?;
-        let words = Self::words(tokens);
-        let slot = || {
-            Ok(Slot {
-                // SAFETY: it is written before it is read.
-                host: unsafe { context.alloc_pinned(words) }.w()?,
-                device: compute.alloc_zeros(words).w()?,
-                copied: copy.record_event(None).w()?,
-                used: compute.record_event(None).w()?,
-            })
-        };
-        let slots = (0..SLOTS).map(|_| slot()).collect::<Result<_>>()?;
-        compute.synchronize().w()?;
-        Ok(Self {
-            slots,
-            next: 0,
+        let words = Self::places(tokens)[5].end;
+        let input = Self {
+            // SAFETY: it is written before it is read.
+            host: unsafe { context.alloc_pinned(words) }.w()?,
+            arrived: compute.alloc_zeros(words).w()?,
+            current: compute.alloc_zeros(words).w()?,
+            copied: copy.record_event(None).w()?,
+            taken: compute.record_event(None).w()?,
+            tokens,
             vocab,
-            compute,
+            compute: Arc::clone(&compute),
             copy,
-        })
+        };
+        compute.synchronize().w()?;
+        Ok(input)
     }
 
-    /// Words that a batch takes.
-    fn words(tokens: usize) -> usize {
+    /// Where the parts of a batch lie, in words: always the same, so that launches can be replayed.
+    /// The longest part is the last, as its length varies.
+    fn places(tokens: usize) -> [Range<usize>; 6] {
         let groups = TokenGroups::capacity(tokens);
-        let parts = [
+        let mut next = 0;
+        [
             tokens,
             tokens,
             groups.order,
-            groups.pieces,
             groups.split,
             groups.counts,
-        ];
-        parts
-            .into_iter()
-            .map(|words| words.next_multiple_of(4))
-            .sum()
+            groups.pieces,
+        ]
+        .map(|words| {
+            let begin = next;
+            next = (begin + words).next_multiple_of(4);
+            begin..begin + words
+        })
     }
 
     /// Starts copying a batch, and lets the compute stream wait for it.
@@ -94,44 +88,43 @@ impl Input {
     /// `Tensor` if the driver refuses.
     pub fn send(&mut self, ids: &[u32], labels: &[u32]) -> Result<DeviceBatch> {
         let groups = TokenGroups::of(ids, self.vocab);
-        self.next = (self.next + 1) % SLOTS;
-        let slot = &mut self.slots[self.next];
-        // The host may write once the copy before is done, the copy start once the GPU is.
-        slot.copied.synchronize().w()?;
-        let start = address(&slot.device);
-        let host = slot.host.as_mut_slice().w()?;
-        let mut at = 0;
-        let mut place = |words: &[u32]| {
-            let begin = at;
+        let places = Self::places(self.tokens).map(|place| place.start);
+        // The host may write once the copy before is done, the copy start once that was taken.
+        self.copied.synchronize().w()?;
+        let host = self.host.as_mut_slice().w()?;
+        let parts = [
+            ids,
+            labels,
+            &groups.order,
+            &groups.split,
+            &groups.counts,
+            &groups.pieces,
+        ];
+        for (begin, words) in places.into_iter().zip(parts) {
             host[begin..][..words.len()].copy_from_slice(words);
-            at = (begin + words.len()).next_multiple_of(4);
-            DevicePtr::<u32>::new(start).offset(begin)
-        };
-        let batch = DeviceBatch {
-            ids: place(ids),
-            labels: place(labels),
+        }
+        let end = places[5] + groups.pieces.len();
+        self.copy.wait(&self.taken).w()?;
+        let mut arrived = self.arrived.slice_mut(..end);
+        self.copy.memcpy_htod(&host[..end], &mut arrived).w()?;
+        self.copied.record(&self.copy).w()?;
+        self.compute.wait(&self.copied).w()?;
+        let mut current = self.current.slice_mut(..end);
+        self.compute
+            .memcpy_dtod(&self.arrived.slice(..end), &mut current)
+            .w()?;
+        self.taken.record(&self.compute).w()?;
+        let start = DevicePtr::<u32>::new(address(&self.current));
+        let [ids, labels, order, split, counts, pieces] = places.map(|place| start.offset(place));
+        Ok(DeviceBatch {
+            ids,
+            labels,
             groups: TokenGroups {
-                order: place(&groups.order),
-                pieces: place(&groups.pieces),
-                split: place(&groups.split),
-                counts: place(&groups.counts),
+                order,
+                pieces,
+                split,
+                counts,
             },
-        };
-        self.copy.wait(&slot.used).w()?;
-        let mut target = slot.device.slice_mut(..at);
-        self.copy.memcpy_htod(&host[..at], &mut target).w()?;
-        slot.copied.record(&self.copy).w()?;
-        self.compute.wait(&slot.copied).w()?;
-        Ok(batch)
-    }
-
-    /// Marks the end of the work on the batch sent last.
-    ///
-    /// # Errors
-    /// `Tensor` if the driver refuses.
-    pub fn done(&mut self) -> Result<()> {
-        let slot = &self.slots[self.next];
-        slot.used.record(&self.compute).w()?;
-        Ok(())
+        })
     }
 }

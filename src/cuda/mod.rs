@@ -19,6 +19,8 @@ mod network;
 // As `token_groups`.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub mod profile;
+#[cfg(feature = "cuda")]
+mod replay;
 // Only a GPU needs it; its test runs anywhere.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod token_groups;

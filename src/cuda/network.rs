@@ -26,6 +26,7 @@ use super::kernels::rope::Rope;
 use super::kernels::ternary_weights::TernaryWeights;
 use super::kernels::transpose::Transpose;
 use super::profile::{Profiler, Stage};
+use super::replay::Replay;
 use super::workspace::{NormStatistics, Sizes, Workspace};
 use crate::Result;
 use crate::config::{Config, Train};
@@ -80,7 +81,7 @@ pub struct Model {
 }
 
 /// Sequences that go through the network together.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Batch {
     pub rows: usize,
     pub seq: usize,
@@ -90,6 +91,15 @@ impl Batch {
     pub fn tokens(&self) -> usize {
         self.rows * self.seq
     }
+}
+
+/// What the launches of a forward and backward pass depend on, in one network.
+#[derive(PartialEq, Eq, Hash)]
+struct PassKey {
+    batch: Batch,
+    /// Bits of the loss's scale.
+    scale: u64,
+    first: bool,
 }
 
 pub struct Network {
@@ -114,6 +124,7 @@ pub struct Network {
     embedding: Embedding,
     cross_entropy: CrossEntropy,
     input: Input,
+    replay: Replay<PassKey>,
     stream: Arc<CudaStream>,
     /// Sum of the micro-batches' losses.
     loss: CudaSlice<f64>,
@@ -147,6 +158,7 @@ impl Network {
             embedding: Embedding::load(device, shape.hidden_size)?,
             cross_entropy: CrossEntropy::load(device)?,
             input: Input::new(device, sizes.tokens, sizes.vocab)?,
+            replay: Replay::new(Arc::clone(&stream)),
             loss: stream.alloc_zeros(1).w()?,
             first: true,
             gradient_scale: 1.0,
@@ -187,12 +199,36 @@ impl Network {
         scale: f64,
     ) -> Result<()> {
         let input = self.input.send(ids, labels)?;
-        self.forward(&input, batch)?;
         let scale = scale / batch.tokens() as f64;
         // The gradient starts with the power of two below the scale, which bf16 holds exactly.
         let power = scale.log2().floor().exp2();
         self.gradient_scale = (scale / power) as f32;
-        self.head(&input, batch, scale, Some(power as f32))?;
+        let pass = || self.forward_and_backward(&input, batch, scale, power as f32);
+        let key = PassKey {
+            batch,
+            scale: scale.to_bits(),
+            first: self.first,
+        };
+        match self.profiler {
+            // Its events are not to be replayed.
+            Some(_) => pass()?,
+            None => self.replay.run(key, pass)?,
+        }
+        self.first = false;
+        Ok(())
+    }
+
+    /// Adds `scale` times the sum of the losses to the loss, and `gradient_scale` times that sum's
+    /// gradients to the gradients.
+    fn forward_and_backward(
+        &self,
+        input: &DeviceBatch,
+        batch: Batch,
+        scale: f64,
+        gradient_scale: f32,
+    ) -> Result<()> {
+        self.forward(input, batch)?;
+        self.head(input, batch, scale, Some(gradient_scale))?;
         let ws = &self.workspace;
         let of = NormBackward {
             dn: ws.last_hidden,
@@ -206,17 +242,14 @@ impl Network {
         for index in (0..self.sizes.layers).rev() {
             self.layer_backward(index, batch)?;
         }
-        let (dx, parts) = (self.workspace.dx, self.workspace.embedding_parts);
         let gradient = self.model.gradients.embed_tokens;
         self.stage(Stage::EmbedBackward)?;
         // SAFETY: dx is (tokens, hidden), the tables are those of this batch.
         unsafe {
             self.embedding
-                .backward(dx, &input.groups, gradient, parts)?
+                .backward(ws.dx, &input.groups, gradient, ws.embedding_parts)?
         };
-        self.stage(Stage::Other)?;
-        self.first = false;
-        self.input.done()
+        self.stage(Stage::Other)
     }
 
     /// Mean cross-entropy of a batch in nats; waits for it.
@@ -228,7 +261,6 @@ impl Network {
         self.forward(&input, batch)?;
         let scale = 1.0 / batch.tokens() as f64;
         self.head(&input, batch, scale, None)?;
-        self.input.done()?;
         self.take_loss()
     }
 
@@ -243,7 +275,6 @@ impl Network {
         };
         let input = self.input.send(ids, ids)?;
         self.forward(&input, batch)?;
-        self.input.done()?;
         self.logits(ids.len() - 1, 1)?;
         let mut logits = vec![bf16::ZERO; self.sizes.vocab];
         let from = self.workspace.logits.address();
