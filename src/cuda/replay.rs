@@ -13,7 +13,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 };
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaStream};
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// Graphs of one stream's launches by a key, which must tell all that their arguments depend on.
 pub struct Replay<Key> {
@@ -45,22 +45,20 @@ impl<Key: Eq + Hash> Replay<Key> {
             }
             Entry::Occupied(entry) => entry.into_mut(),
         };
-        if graph.is_none() {
-            *graph = self.record(launch)?;
-        }
-        match graph {
-            Some(graph) => Ok(graph.launch().w()?),
-            None => Ok(()),
-        }
+        let graph = match graph {
+            Some(graph) => graph,
+            None => graph.insert(self.record(launch)?),
+        };
+        Ok(graph.launch().w()?)
     }
 
-    fn record(&self, launch: impl FnOnce() -> Result<()>) -> Result<Option<CudaGraph>> {
+    fn record(&self, launch: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
         let mode = Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.stream.begin_capture(mode).w()?;
         let launched = launch();
         // Whatever happened, the stream must record no longer.
         let graph = self.stream.end_capture(Flags(0)).w();
         launched?;
-        Ok(graph?)
+        graph?.ok_or_else(|| Error::Tensor(candle_core::Error::msg("CUDA recorded no graph")))
     }
 }
