@@ -69,6 +69,7 @@ impl Network {
                     for ((_, part), dy) in linear.projection.parts().zip([fp8.dy, fp8.dvalues]) {
                         let sizes = [tokens, part.n, k];
                         let weights = part.n * k;
+                        // Anew in every micro-batch: to keep it would take a byte a weight.
                         self.stage(Stage::Transpose { bytes: weights })?;
                         transpose.weight(part.codes, weight, [part.n, k])?;
                         self.stage(Stage::InputGradient { weights })?;

@@ -234,28 +234,20 @@ impl Workspace {
             scale: arena.take(tokens),
             rstd: arena.take(tokens),
         };
-        let layer = |arena: &mut Arena| SavedLayer {
+        let layer = |arena: &mut Arena, shared_gate_up: Option<_>| SavedLayer {
             x: arena.take(tokens * hidden),
             qkv: arena.take(tokens * qkv),
             attention: arena.take(tokens * hidden),
             log_sum_exp: arena.take(tokens * heads),
             h: arena.take(tokens * hidden),
-            gate_up: arena.take(tokens * 2 * intermediate),
+            gate_up: shared_gate_up.unwrap_or_else(|| arena.take(tokens * 2 * intermediate)),
             norms: std::array::from_fn(|_| statistics(arena)),
         };
-        let first = layer(arena);
+        let first = layer(arena, None);
         let layers = (0..sizes.layers).map(|index| match config.train.recompute_of(index) {
             _ if index == 0 => first,
-            Recompute::None => layer(arena),
-            Recompute::Selective => SavedLayer {
-                x: arena.take(tokens * hidden),
-                qkv: arena.take(tokens * qkv),
-                attention: arena.take(tokens * hidden),
-                log_sum_exp: arena.take(tokens * heads),
-                h: arena.take(tokens * hidden),
-                gate_up: first.gate_up,
-                norms: std::array::from_fn(|_| statistics(arena)),
-            },
+            Recompute::None => layer(arena, None),
+            Recompute::Selective => layer(arena, Some(first.gate_up)),
             Recompute::Full => {
                 let [input, sub, post, _] = first.norms;
                 SavedLayer {
