@@ -1,5 +1,6 @@
 //! TitanBit pretrains BitNet b1.58 language models: every projection weight is -1, 0 or +1.
 //!
+//! - [`bandwidth`]: how fast memory can be read, for `bench`
 //! - [`cli`]: the command line, one file a subcommand
 //! - [`config`]: the YAML configuration of a run
 //! - [`cuda`]: training on an NVIDIA GPU, with the `cuda` feature
@@ -13,6 +14,7 @@
 //!
 //! The README has an example.
 
+pub mod bandwidth;
 pub mod cli;
 pub mod config;
 pub mod cuda;

@@ -1,19 +1,55 @@
 //! The exact integer product behind a BitLinear layer, on the CPU: `y = x . w^T`.
+//!
+//! A kernel multiplies the packed bits as they lie: of a vector of packed bytes, `v >> 2j & 3` holds
+//! the codes 4b + j of its bytes b, plus one. So the activations of a token are put in that order once
+//! (`activations.rs`), the kernels sum `(code + 1) * x`, and the token's sum of x is subtracted.
 
-use rayon::prelude::*;
+mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod kernel;
+#[cfg(all(target_arch = "aarch64", target_feature = "neon"))]
+mod neon;
+mod portable;
 
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use self::activations::Activations;
+pub use self::kernel::Kernel;
+use self::kernel::{ROWS, Tile};
 use super::PackedTernary;
 use crate::{Error, Result};
 
 /// Largest inner dimension: up to here `|y| <= 128 K` fits an int32.
 pub const MAX_K: usize = (1 << 24) - 1;
 
-/// Weight rows unpacked together: `x` is streamed once for each such block, and the block stays in
-/// the first-level cache at the hidden sizes of these models.
-const BLOCK: usize = 16;
+/// Weight rows of one task, whose packed bits stay in the second-level cache while the tokens pass
+/// by; a multiple of [`ROWS`].
+const ROW_BLOCK: usize = 64;
 
-/// Weight rows multiplied together: each activation loaded serves this many products.
-const LANES: usize = 4;
+/// Bytes of activations that stay in the second-level cache while the weight rows pass by.
+const TOKEN_BLOCK_BYTES: usize = 384 << 10;
+
+/// Products of a code and an activation that are worth handing to another thread.
+const PRODUCTS_PER_TASK: usize = 1 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Threads {
+    /// The caller's only, for callers that are parallel themselves.
+    One,
+    /// Those of rayon's current pool.
+    All,
+}
+
+/// How to multiply. Every choice gives the same result.
+#[derive(Clone, Copy, Debug)]
+pub struct TernaryMatmul {
+    pub kernel: Kernel,
+    pub threads: Threads,
+}
 
 /// `y = x . w^T`: int8 codes `x` of shape (`m`, K) row-major times packed ternary `w` of shape
 /// (N, K) gives int32 `y` of shape (`m`, N). Exact; runs on rayon's current thread pool.
@@ -21,14 +57,10 @@ const LANES: usize = 4;
 /// # Errors
 /// `Usage` if `x` does not hold `m * K` codes (`m` at least 1) or K is above [`MAX_K`].
 pub fn ternary_matmul(x: &[i8], m: usize, w: &PackedTernary) -> Result<Vec<i32>> {
-    let (n, k) = (w.rows(), w.cols());
-    check_shapes(x.len(), m, k)?;
-    let mut transposed = vec![0; n * m];
-    transposed
-        .par_chunks_mut(BLOCK * m)
-        .enumerate()
-        .for_each(|(block, out)| block_product(x, w, block * BLOCK, out));
-    Ok(transpose(&transposed, n, m))
+    check_shapes(x.len(), m, w.cols())?;
+    let mut y = vec![0; m * w.rows()];
+    TernaryMatmul::new(Threads::All).exact(&mut y, x, w)?;
+    Ok(y)
 }
 
 /// The shapes that every implementation of the product takes.
@@ -46,67 +78,203 @@ pub(crate) fn check_shapes(x_len: usize, m: usize, k: usize) -> Result<()> {
     Ok(())
 }
 
-/// Products of all tokens with the weight rows from `first` on; `out` has shape (rows, tokens).
-fn block_product(x: &[i8], w: &PackedTernary, first: usize, out: &mut [i32]) {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the CPU has just said that it has AVX2, which is all the callee asks for.
-        return unsafe { block_product_avx2(x, w, first, out) };
+impl TernaryMatmul {
+    /// With the fastest kernel that this processor has.
+    pub fn new(threads: Threads) -> Self {
+        Self {
+            kernel: Kernel::detect(),
+            threads,
+        }
     }
-    portable_block_product(x, w, first, out)
-}
 
-/// The portable code compiled for AVX2.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn block_product_avx2(x: &[i8], w: &PackedTernary, first: usize, out: &mut [i32]) {
-    portable_block_product(x, w, first, out)
-}
-
-#[inline(always)]
-fn portable_block_product(x: &[i8], w: &PackedTernary, first: usize, out: &mut [i32]) {
-    let k = w.cols();
-    let m = x.len() / k;
-    // The last group may have fewer rows than lanes: the missing ones stay zero.
-    let mut rows = vec![0; (out.len() / m).next_multiple_of(LANES) * k];
-    for (i, row) in rows.chunks_exact_mut(k).take(out.len() / m).enumerate() {
-        w.unpack_row(first + i, row);
+    /// `y = x . w^T`: codes `x` (M, K) and weights `w` (N, K) -> sums `y` (M, N), all row-major.
+    ///
+    /// # Errors
+    /// `Usage` if the lengths of `x` and `y` are not M * K and M * N for one M of at least 1, or K
+    /// is above [`MAX_K`].
+    pub fn exact(&self, y: &mut [i32], x: &[i8], w: &PackedTernary) -> Result<()> {
+        self.product(y, x, w, |y, sums, _, _| y.copy_from_slice(sums))
     }
-    for (token, x) in x.chunks_exact(k).enumerate() {
-        for (rows, out) in rows.chunks_exact(LANES * k).zip(out.chunks_mut(LANES * m)) {
-            for (sum, out) in dot(x, rows).into_iter().zip(out.chunks_exact_mut(m)) {
-                out[token] = sum;
+
+    /// [`Self::exact`] as a BitLinear layer uses it: `y[i][j] = sum * b[j] / s[i]` in f32 and in this
+    /// order, with scales `b` (N,) of the weight rows and `s` (M,) of the tokens.
+    ///
+    /// # Errors
+    /// As [`Self::exact`], and `Usage` if `b` or `s` has another length.
+    pub fn scaled(
+        &self,
+        y: &mut [f32],
+        x: &[i8],
+        s: &[f32],
+        w: &PackedTernary,
+        b: &[f32],
+    ) -> Result<()> {
+        let m = y.len() / w.rows();
+        if (b.len(), s.len()) != (w.rows(), m) {
+            return Err(Error::usage(format!(
+                "{} weight scales and {} token scales do not fit {} weight rows and {m} tokens",
+                b.len(),
+                s.len(),
+                w.rows()
+            )));
+        }
+        self.product(y, x, w, |y, sums, token, row| {
+            for ((y, &sum), b) in y.iter_mut().zip(sums).zip(&b[row..]) {
+                *y = sum as f32 * b / s[token];
             }
+        })
+    }
+
+    /// Writes `y` (M, N) through `finish(part of y, its sums, token, first row)`.
+    fn product<T: Send>(
+        &self,
+        y: &mut [T],
+        x: &[i8],
+        w: &PackedTernary,
+        finish: impl Fn(&mut [T], &[i32], usize, usize) + Sync,
+    ) -> Result<()> {
+        let (n, k) = (w.rows(), w.cols());
+        let m = y.len() / n;
+        check_shapes(x.len(), m, k)?;
+        if y.len() != m * n {
+            return Err(Error::usage(format!(
+                "an output of {} values is not {m} tokens of {n} weight rows",
+                y.len()
+            )));
         }
+        let x = Activations::new(x, k, self.kernel.vector(), self.threads);
+        let y = Columns::new(y, n);
+        self.kernel.run(Blocks {
+            x: &x,
+            w,
+            y,
+            finish,
+            threads: self.threads,
+        });
+        Ok(())
     }
 }
 
-/// Inner products of `x` with `LANES` rows of the same length laid end to end. Written for the
-/// auto-vectoriser; with K up to [`MAX_K`] nothing wraps.
-#[inline(always)]
-fn dot(x: &[i8], rows: &[i8]) -> [i32; LANES] {
-    let k = x.len();
-    let rows: [&[i8]; LANES] = std::array::from_fn(|lane| &rows[lane * k..][..k]);
-    let mut sums = [0i32; LANES];
-    for (i, &x) in x.iter().enumerate() {
-        for (sum, row) in sums.iter_mut().zip(rows) {
-            *sum = sum.wrapping_add(i32::from(x).wrapping_mul(i32::from(row[i])));
-        }
-    }
-    sums
+/// One product, cut into blocks of tokens and weight rows; generic over the kernel's [`Tile`].
+pub(crate) struct Blocks<'a, T, F> {
+    x: &'a Activations,
+    w: &'a PackedTernary,
+    y: Columns<'a, T>,
+    finish: F,
+    threads: Threads,
 }
 
-/// (`n`, `m`) to (`m`, `n`), 16 output rows at a time so that each cache line read is used whole.
-fn transpose(from: &[i32], n: usize, m: usize) -> Vec<i32> {
-    let mut to = vec![0; from.len()];
-    to.par_chunks_mut(BLOCK * n)
-        .enumerate()
-        .for_each(|(block, to)| {
-            for (column, from) in from.chunks_exact(m).enumerate() {
-                for (row, to) in to.chunks_exact_mut(n).enumerate() {
-                    to[column] = from[block * BLOCK + row];
+impl<T: Send, F: Fn(&mut [T], &[i32], usize, usize) + Sync> Blocks<'_, T, F> {
+    /// # Safety
+    /// The processor has the instructions of `K`.
+    unsafe fn run<K: Tile>(&self) {
+        let (m, n, k) = (self.x.tokens(), self.w.rows(), self.w.cols());
+        // Of equal size, so that no task is left with a few tokens.
+        let most = (TOKEN_BLOCK_BYTES / self.x.stride()).max(1);
+        let tokens = m.div_ceil(m.div_ceil(most)).next_multiple_of(K::TOKENS);
+        let row_blocks = n.div_ceil(ROW_BLOCK);
+        let task = |task: usize| {
+            let first = task / row_blocks * tokens;
+            let row = task % row_blocks * ROW_BLOCK;
+            for token in (first..m.min(first + tokens)).step_by(K::TOKENS) {
+                // SAFETY: the caller's promise, and each task has its own tokens and rows.
+                unsafe {
+                    match K::TOKENS.min(m - token) {
+                        1 => self.row_block::<K, 1>(token, row),
+                        2 => self.row_block::<K, 2>(token, row),
+                        3 => self.row_block::<K, 3>(token, row),
+                        4 => self.row_block::<K, 4>(token, row),
+                        5 => self.row_block::<K, 5>(token, row),
+                        _ => self.row_block::<K, 6>(token, row),
+                    }
                 }
             }
-        });
-    to
+        };
+        let tasks = m.div_ceil(tokens) * row_blocks;
+        let together = PRODUCTS_PER_TASK.div_ceil(tokens.min(m) * ROW_BLOCK * k);
+        for_each(tasks, together, self.threads, task);
+    }
+
+    /// `TOKENS` tokens times up to [`ROW_BLOCK`] weight rows.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `K`, and no other thread writes this part of `y`.
+    unsafe fn row_block<K: Tile, const TOKENS: usize>(&self, token: usize, first: usize) {
+        let rows = ROW_BLOCK.min(self.w.rows() - first);
+        let x = std::array::from_fn(|i| self.x.token(token + i));
+        let mut sums = [[0; ROW_BLOCK]; TOKENS];
+        for row in (0..rows).step_by(ROWS) {
+            // Past the last row that row again; its sums are not used.
+            let w = std::array::from_fn(|i| self.w.row_bytes(first + (row + i).min(rows - 1)));
+            // SAFETY: the caller's promise.
+            let tile = unsafe { K::tile::<TOKENS>(w, x) };
+            for (sums, tile) in sums.iter_mut().zip(tile) {
+                sums[row..row + ROWS].copy_from_slice(&tile);
+            }
+        }
+        for (token, sums) in (token..).zip(&mut sums) {
+            let sums = &mut sums[..rows];
+            let too_much = self.x.sum(token);
+            sums.iter_mut()
+                .for_each(|sum| *sum = sum.wrapping_sub(too_much));
+            // SAFETY: in range, and the caller's promise.
+            let y = unsafe { self.y.part(token, first, rows) };
+            (self.finish)(y, sums, token, first);
+        }
+    }
+}
+
+/// Runs tasks 0 to `tasks`, `together` one after the other. The calling thread takes part at once, while
+/// the others wake up: a product with one token takes little longer than that.
+fn for_each(tasks: usize, together: usize, threads: Threads, task: impl Fn(usize) + Sync) {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        loop {
+            let first = next.fetch_add(together, Ordering::Relaxed);
+            if first >= tasks {
+                break;
+            }
+            (first..tasks.min(first + together)).for_each(&task);
+        }
+    };
+    let helpers = match threads {
+        Threads::One => 0,
+        Threads::All => rayon::current_num_threads().min(tasks.div_ceil(together)) - 1,
+    };
+    rayon::in_place_scope(|scope| {
+        for _ in 0..helpers {
+            scope.spawn(|_| work());
+        }
+        work();
+    });
+}
+
+/// A row-major matrix of which several threads write different columns.
+struct Columns<'a, T> {
+    data: *mut T,
+    cols: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it stands for a `&mut [T]`; `part` has its callers keep apart what they write.
+unsafe impl<T: Send> Sync for Columns<'_, T> {}
+
+impl<'a, T> Columns<'a, T> {
+    fn new(data: &'a mut [T], cols: usize) -> Self {
+        Self {
+            data: data.as_mut_ptr(),
+            cols,
+            borrow: PhantomData,
+        }
+    }
+
+    /// `len` values of a row from column `first` on.
+    ///
+    /// # Safety
+    /// The part lies inside the matrix and no other part in use overlaps it.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn part(&self, row: usize, first: usize, len: usize) -> &mut [T] {
+        // SAFETY: the caller's promise, on a slice borrowed exclusively for 'a.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.cols + first), len) }
+    }
 }

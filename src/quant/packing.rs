@@ -12,6 +12,9 @@
 
 use crate::{Error, Result};
 
+#[cfg(target_endian = "big")]
+compile_error!("the kernels read packed words byte by byte, the first values first");
+
 /// Values in one word.
 pub const VALUES_PER_WORD: usize = 32 / BITS;
 const BITS: usize = 2;
@@ -52,6 +55,12 @@ impl PackedTernary {
         Ok(Self { rows, cols, words })
     }
 
+    /// A matrix of `rows` x `cols` codes, packed already: each row by [`pack_fields`].
+    pub(crate) fn from_words(words: Vec<u32>, rows: usize, cols: usize) -> Self {
+        assert_eq!(words.len(), rows * cols.div_ceil(VALUES_PER_WORD));
+        Self { rows, cols, words }
+    }
+
     /// The codes, row-major, of shape (`rows`, `cols`).
     pub fn unpack(&self) -> Vec<i8> {
         let mut codes = vec![0; self.rows * self.cols];
@@ -74,6 +83,24 @@ impl PackedTernary {
         }
     }
 
+    /// The same with columns of code 0 added, `cols` in all.
+    pub fn padded(&self, cols: usize) -> Self {
+        assert!(cols >= self.cols);
+        let (from, to) = (self.words_per_row(), cols.div_ceil(VALUES_PER_WORD));
+        let mut words = vec![pack_word(&[]); self.rows * to];
+        for (row, old) in words
+            .chunks_exact_mut(to)
+            .zip(self.words.chunks_exact(from))
+        {
+            row[..from].copy_from_slice(old);
+        }
+        Self {
+            rows: self.rows,
+            cols,
+            words,
+        }
+    }
+
     pub fn rows(&self) -> usize {
         self.rows
     }
@@ -92,6 +119,13 @@ impl PackedTernary {
         &self.words
     }
 
+    /// The packed bytes of one row, `4 * words_per_row()` of them.
+    pub(super) fn row_bytes(&self, row: usize) -> &[u8] {
+        let words = &self.words[row * self.words_per_row()..][..self.words_per_row()];
+        // SAFETY: words are bytes without padding, and no byte is a misaligned one.
+        unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), size_of_val(words)) }
+    }
+
     /// Bytes of the packed matrix.
     pub fn bytes(&self) -> usize {
         size_of_val(self.words.as_slice())
@@ -104,4 +138,14 @@ fn pack_word(codes: &[i8]) -> u32 {
         let code = codes.get(i).copied().unwrap_or(0);
         word | ((code + 1) as u32) << (BITS * i)
     })
+}
+
+/// Packs 16 values of code + 1.
+#[inline(always)]
+pub(crate) fn pack_fields(fields: &[u8; VALUES_PER_WORD]) -> u32 {
+    let bytes: [u8; 4] = std::array::from_fn(|i| {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|j| fields[4 * i + j]);
+        a | b << 2 | c << 4 | d << 6
+    });
+    u32::from_le_bytes(bytes)
 }
