@@ -5,8 +5,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::gemm::{Mat, Threads, Write, matmul};
+use super::gemm::{Mat, Write, matmul};
 use crate::model::ops::Heads;
+use crate::quant::matmul::Threads;
 use crate::simd::{dot, exp, max_by, sum, vectorized};
 
 /// Queries whose scores exist at a time.

@@ -2,6 +2,8 @@
 
 use gemm::Parallelism;
 
+use crate::quant::matmul::Threads;
+
 /// A strided view of a matrix.
 #[derive(Clone, Copy)]
 pub struct Mat<'a> {
@@ -42,12 +44,6 @@ impl<'a> Mat<'a> {
 pub enum Write {
     Replace,
     Add,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Threads {
-    One,
-    All,
 }
 
 /// `dst = scale * lhs . rhs`, or `dst += ...`; dst is row-major, without gaps.

@@ -3,7 +3,8 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Mat, Threads, Write, matmul};
+use super::gemm::{Mat, Write, matmul};
+use crate::quant::matmul::Threads;
 use crate::simd::{exp, max_by, sum, vectorized};
 
 /// Logits held at a time (16 MiB), but for 16 tokens at least.

@@ -1,11 +1,14 @@
 //! RMSNorm followed by BitLinear, as before every projection of the network, over several weights
-//! that share the input. Blocks of rows stay in cache from the norm to the dequantised sums.
+//! that share the input. Blocks of rows stay in cache from the norm to the scaled sums.
 
 use rayon::prelude::*;
 
-use super::gemm::{Mat, Threads, Write, matmul};
+use super::gemm::{Mat, Write, matmul};
 use super::rms_norm::{backward_rows, column_sums, inverse_rms};
 use super::{ROWS_PER_SUM, rows_per_product};
+use crate::quant::PackedTernary;
+use crate::quant::matmul::{TernaryMatmul, Threads};
+use crate::quant::packing::{VALUES_PER_WORD, pack_fields};
 use crate::quant::ternary::EPSILON;
 use crate::simd::{abs_sum, max_by, vectorized};
 
@@ -41,69 +44,61 @@ vectorized! {
 }
 
 vectorized! {
-    fn block_ternary_codes(codes: &mut [f32], w: &[f32], b: f32) {
-        for (code, w) in codes.iter_mut().zip(w) {
-            *code = (w / b).clamp(-1.0, 1.0).round_ties_even();
+    /// One row of a weight to ternary codes, packed into `words` and as wq * b.
+    fn quantise_row(words: &mut [u32], scaled: &mut [f32], w: &[f32], b: f32) {
+        for ((word, scaled), w) in words
+            .iter_mut()
+            .zip(scaled.chunks_mut(VALUES_PER_WORD))
+            .zip(w.chunks(VALUES_PER_WORD))
+        {
+            // The padding is code 0.
+            let mut fields = [1u8; VALUES_PER_WORD];
+            for ((field, scaled), w) in fields.iter_mut().zip(scaled).zip(w) {
+                // round(w / b) with ties to even, clamped to -1..=1.
+                let ratio = w / b;
+                let code = i8::from(ratio > 0.5) - i8::from(ratio < -0.5);
+                *field = (code + 1) as u8;
+                *scaled = f32::from(code) * b;
+            }
+            *word = pack_fields(&fields);
         }
     }
 }
 
-/// Ternary codes of one weight as f32, and its scale b.
-fn ternary_codes(codes: &mut [f32], w: &[f32]) -> f32 {
+/// Scale b of a weight.
+fn weight_scale(w: &[f32]) -> f32 {
     let sums: Vec<f32> = w.par_chunks(WEIGHT_BLOCK).map(block_abs_sum).collect();
     let sum: f64 = sums.iter().map(|s| *s as f64).sum();
     // Comparisons, not `max`, so that a NaN reaches the loss and the stability monitor sees it.
     let mean = (sum / w.len() as f64) as f32;
-    let b = if mean < EPSILON { EPSILON } else { mean };
-    codes
-        .par_chunks_mut(WEIGHT_BLOCK)
-        .zip(w.par_chunks(WEIGHT_BLOCK))
-        .for_each(|(codes, w)| block_ternary_codes(codes, w, b));
-    b
+    if mean < EPSILON { EPSILON } else { mean }
 }
 
 vectorized! {
-    /// Int8 codes of the normalised tokens as f32, and their scales s.
+    /// Int8 codes of the normalised tokens, their scales s, and the codes over their scales.
     fn normalise_and_quantise(
-        codes: &mut [f32],
+        codes: &mut [i8],
         scales: &mut [f32],
+        inputs: &mut [f32],
         x: &[f32],
         norm: &[f32],
         eps: f32,
     ) {
         let k = norm.len();
-        let tokens = codes.chunks_exact_mut(k).zip(x.chunks_exact(k)).zip(scales);
-        for ((codes, x), scale) in tokens {
+        let tokens = (codes.chunks_exact_mut(k).zip(scales))
+            .zip(inputs.chunks_exact_mut(k).zip(x.chunks_exact(k)));
+        for ((codes, scale), (inputs, x)) in tokens {
             let r = inverse_rms(x, eps);
-            for ((n, x), w) in codes.iter_mut().zip(x).zip(norm) {
+            for ((n, x), w) in inputs.iter_mut().zip(x).zip(norm) {
                 *n = x * r * w;
             }
-            let absmax = max_by(codes, f32::abs);
+            let absmax = max_by(inputs, f32::abs);
             let s = 127.0 / if absmax < EPSILON { EPSILON } else { absmax };
             *scale = s;
-            for code in codes {
-                *code = (*code * s).round_ties_even().clamp(-128.0, 127.0);
-            }
-        }
-    }
-}
-
-vectorized! {
-    /// Integer sums to activations: y = sums * b / s, b per column and s per row.
-    fn dequantise_sums(y: &mut [f32], column_scales: &[f32], token_scales: &[f32]) {
-        for (y, s) in y.chunks_exact_mut(column_scales.len()).zip(token_scales) {
-            for (y, b) in y.iter_mut().zip(column_scales) {
-                *y = *y * b / s;
-            }
-        }
-    }
-}
-
-vectorized! {
-    fn dequantise_codes(codes: &mut [f32], k: usize, token_scales: &[f32]) {
-        for (codes, s) in codes.chunks_exact_mut(k).zip(token_scales) {
-            for code in codes {
-                *code /= s;
+            for (code, input) in codes.iter_mut().zip(inputs) {
+                let rounded = (*input * s).round_ties_even().clamp(-128.0, 127.0);
+                *code = rounded as i8;
+                *input = rounded / s;
             }
         }
     }
@@ -117,40 +112,46 @@ vectorized! {
     }
 }
 
-vectorized! {
-    fn scale(x: &mut [f32], factor: f32) {
-        for x in x {
-            *x *= factor;
-        }
-    }
-}
-
 impl<const WEIGHTS: usize> NormedBitLinear<'_, WEIGHTS> {
     /// Output features N of all weights together.
     fn features(&self) -> usize {
         self.weights.iter().map(|w| w.len()).sum::<usize>() / self.norm.len()
     }
 
-    /// Ternary codes of all weights, (N, K), and the scale of every output column.
-    fn quantise_weights(&self) -> (Vec<f32>, Vec<f32>) {
+    /// Ternary codes of all weights, (N, K), the scale of every output column, and wq * b, (N, K).
+    fn quantise_weights(&self) -> (PackedTernary, Vec<f32>, Vec<f32>) {
         let (n, k) = (self.features(), self.norm.len());
-        let mut codes = vec![0f32; n * k];
+        let row_words = k.div_ceil(VALUES_PER_WORD);
+        let mut words = vec![0; n * row_words];
+        let mut scaled = vec![0f32; n * k];
         let mut column_scales = Vec::with_capacity(n);
-        let mut rest = codes.as_mut_slice();
+        let (mut words_left, mut scaled_left) = (words.as_mut_slice(), scaled.as_mut_slice());
         for weight in self.weights {
-            let (part, after) = rest.split_at_mut(weight.len());
-            let b = ternary_codes(part, weight);
-            column_scales.extend(std::iter::repeat_n(b, weight.len() / k));
-            rest = after;
+            let rows = weight.len() / k;
+            let (words, scaled);
+            (words, words_left) = words_left.split_at_mut(rows * row_words);
+            (scaled, scaled_left) = scaled_left.split_at_mut(weight.len());
+            let b = weight_scale(weight);
+            words
+                .par_chunks_exact_mut(row_words)
+                .zip(scaled.par_chunks_exact_mut(k))
+                .zip(weight.par_chunks_exact(k))
+                .for_each(|((words, scaled), w)| quantise_row(words, scaled, w, b));
+            column_scales.extend(std::iter::repeat_n(b, rows));
         }
-        (codes, column_scales)
+        (
+            PackedTernary::from_words(words, n, k),
+            column_scales,
+            scaled,
+        )
     }
 
     /// x (tokens, K) and residual (tokens, N) -> y (tokens, N), with N the sum of all N_i.
     pub fn forward(&self, x: &[f32], residual: Option<&[f32]>) -> (Vec<f32>, Saved) {
         let (n, k) = (self.features(), self.norm.len());
         let tokens = x.len() / k;
-        let (mut weights, column_scales) = self.quantise_weights();
+        let (packed, column_scales, weights) = self.quantise_weights();
+        let product = TernaryMatmul::new(Threads::One);
         let block = rows_per_product(tokens);
         let mut y = vec![0f32; tokens * n];
         let mut inputs = vec![0f32; tokens * k];
@@ -158,24 +159,17 @@ impl<const WEIGHTS: usize> NormedBitLinear<'_, WEIGHTS> {
             .zip(inputs.par_chunks_mut(block * k))
             .zip(x.par_chunks(block * k))
             .enumerate()
-            .for_each(|(i, ((y, codes), x))| {
+            .for_each(|(i, ((y, inputs), x))| {
                 let rows = x.len() / k;
-                let mut scales = vec![0f32; rows];
-                normalise_and_quantise(codes, &mut scales, x, self.norm, self.eps);
-                // Integer operands: the f32 sums are exact while |sum| < 2^24.
-                let lhs = Mat::new(codes, rows, k);
-                let rhs = Mat::new(&weights, n, k).t();
-                matmul(y, Write::Replace, 1.0, lhs, rhs, Threads::One);
-                dequantise_sums(y, &column_scales, &scales);
+                let (mut codes, mut scales) = (vec![0; x.len()], vec![0f32; rows]);
+                normalise_and_quantise(&mut codes, &mut scales, inputs, x, self.norm, self.eps);
+                product
+                    .scaled(y, &codes, &scales, &packed, &column_scales)
+                    .expect("matching shapes, and K as the configuration bounds it");
                 if let Some(residual) = residual {
                     add(y, &residual[i * block * n..][..rows * n]);
                 }
-                dequantise_codes(codes, k, &scales);
             });
-        weights
-            .par_chunks_mut(k)
-            .zip(&column_scales)
-            .for_each(|(row, b)| scale(row, *b));
         (y, Saved { inputs, weights })
     }
 
