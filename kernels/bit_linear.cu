@@ -61,21 +61,6 @@ struct Fragments {
     }
 };
 
-// Register j of lane i of each four lanes to register i of lane j.
-__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-        const bool upper = threadIdx.x & bit;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            uint32_t &low = v[bit == 1 ? 2 * i : i], &high = v[bit == 1 ? 2 * i + 1 : i + 2];
-            const uint32_t received = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
-            if (upper) low = received;
-            else high = received;
-        }
-    }
-}
-
 struct Output {
     const float* x_scale;
     const float* w_scale;

@@ -46,15 +46,6 @@ __device__ __forceinline__ Tile tile_at(int index, int M, int N, int rank) {
     return {(group * kGroup + rest % height) * kRows + rank * kTileM, rest / height * C::kTileN};
 }
 
-__device__ __forceinline__ uint4 load_shared(uint32_t shared) {
-    uint4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(shared)
-                 : "memory");
-    return v;
-}
-
 __device__ __forceinline__ void store_shared(uint32_t shared, const uint4& v) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");

@@ -91,10 +91,48 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], uint32_t shared
                  : "r"(shared));
 }
 
+__device__ __forceinline__ uint4 load_shared(uint32_t shared) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(shared)
+                 : "memory");
+    return v;
+}
+
 __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t shared) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared));
+}
+
+// Register j of lane i of each four lanes to register i of lane j.
+__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+        const bool upper = threadIdx.x & bit;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            uint32_t &low = v[bit == 1 ? 2 * i : i], &high = v[bit == 1 ? 2 * i + 1 : i + 2];
+            const uint32_t received = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
+            if (upper) low = received;
+            else high = received;
+        }
+    }
+}
+
+// A launch with programmatic serialization starts while earlier kernels still run: until these have ended ...
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ... and from when on later kernels may start in that manner.
+__device__ __forceinline__ void let_later_kernels_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // d += a . b: a (16, 16) by rows, b (16, 8) by columns.

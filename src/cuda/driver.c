@@ -28,6 +28,7 @@
     DO(cuGraphLaunch)                                                                              \
     DO(cuInit)                                                                                     \
     DO(cuLaunchKernel)                                                                             \
+    DO(cuLaunchKernelEx)                                                                           \
     DO(cuMemAllocAsync)                                                                            \
     DO(cuMemAlloc_v2)                                                                              \
     DO(cuMemFreeAsync)                                                                             \

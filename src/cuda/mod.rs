@@ -1,11 +1,14 @@
-//! Training on an NVIDIA GPU: [`Engine`] runs whole steps, `network` and `layer` are the
-//! passes through the model, `kernels` has a launcher for each `kernels/*.cu`.
+//! Work on an NVIDIA GPU. Training: [`Engine`] runs whole steps, `network` and `layer` are the
+//! passes through the model. Inference: `bit_linear` multiplies with packed weights. `kernels` has a
+//! launcher for each `kernels/*.cu`.
 //!
 //! Without the `cuda` feature only the layout of the memory is compiled, for `titanbit info`.
 
 mod arena;
 #[cfg(feature = "cuda")]
 mod backward;
+#[cfg(feature = "cuda")]
+pub(crate) mod bit_linear;
 #[cfg(feature = "cuda")]
 mod engine;
 #[cfg(feature = "cuda")]
@@ -31,6 +34,8 @@ pub use arena::{Arena, DevicePtr};
 pub use engine::Engine;
 #[cfg(feature = "cuda")]
 pub use network::{Batch, Gradient};
+#[cfg(feature = "cuda")]
+pub use replay::record;
 #[cfg(feature = "cuda")]
 pub use token_groups::TokenGroups;
 #[cfg(feature = "cuda")]

@@ -47,18 +47,22 @@ impl<Key: Eq + Hash> Replay<Key> {
         };
         let graph = match graph {
             Some(graph) => graph,
-            None => graph.insert(self.record(launch)?),
+            None => graph.insert(record(&self.stream, launch)?),
         };
         Ok(graph.launch().w()?)
     }
+}
 
-    fn record(&self, launch: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
-        let mode = Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        self.stream.begin_capture(mode).w()?;
-        let launched = launch();
-        // Whatever happened, the stream must record no longer.
-        let graph = self.stream.end_capture(Flags(0)).w();
-        launched?;
-        graph?.ok_or_else(|| Error::Tensor(candle_core::Error::msg("CUDA recorded no graph")))
-    }
+/// The launches that `launch` puts on the stream, as a graph; they do not run yet.
+///
+/// # Errors
+/// `Tensor` if the driver refuses or nothing was launched, or those of `launch`.
+pub fn record(stream: &Arc<CudaStream>, launch: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
+    let mode = Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    stream.begin_capture(mode).w()?;
+    let launched = launch();
+    // Whatever happened, the stream must record no longer.
+    let graph = stream.end_capture(Flags(0)).w();
+    launched?;
+    graph?.ok_or_else(|| Error::Tensor(candle_core::Error::msg("CUDA recorded no graph")))
 }

@@ -4,7 +4,7 @@
 use candle_core::{D, Device, Result, Tensor};
 use candle_nn::ops::softmax;
 
-use super::config::Activation;
+use super::config::{Activation, BitNetConfig};
 use crate::quant::ternary::EPSILON;
 
 /// Head layout of grouped-query attention.
@@ -16,6 +16,14 @@ pub struct Heads {
 }
 
 impl Heads {
+    pub fn of(config: &BitNetConfig) -> Self {
+        Self {
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim(),
+        }
+    }
+
     /// Features of the fused query, key and value projection.
     pub fn qkv_features(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
@@ -80,10 +88,8 @@ fn straight_through(value: &Tensor, through: &Tensor) -> Result<Tensor> {
 /// Int8 activation codes as f32 with their STE gradient, and the scale s: (..., K), (..., 1).
 fn activation_codes(x: &Tensor) -> Result<(Tensor, Tensor)> {
     let absmax = x.detach().abs()?.max_keepdim(D::Minus1)?;
-    let s = absmax
-        .maximum(EPSILON as f64)?
-        .recip()?
-        .affine(127.0, 0.0)?;
+    let absmax = absmax.maximum(EPSILON as f64)?;
+    let s = absmax.ones_like()?.affine(127.0, 0.0)?.div(&absmax)?;
     let scaled = x.broadcast_mul(&s)?;
     let codes = round_half_even(&scaled)?.clamp(-128.0, 127.0)?;
     Ok((straight_through(&codes, &scaled)?, s))

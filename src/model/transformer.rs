@@ -11,8 +11,9 @@
 use candle_core::{CpuStorage, Device, Layout, Storage, StorageRef, Tensor};
 
 use super::cpu;
+use super::decoder::{BitLinear, Decoder};
 use super::ops::{self, Heads, Rope};
-use super::weights::{LayerWeights, Weights};
+use super::weights::Weights;
 use super::{BitNetConfig, Parameters};
 use crate::{Error, Result};
 
@@ -71,6 +72,14 @@ impl BitNetTransformer {
         self.weights.norm.device()
     }
 
+    pub(super) fn weights(&self) -> &Weights<Tensor> {
+        &self.weights
+    }
+
+    pub(super) fn rope(&self) -> &Rope {
+        &self.rope
+    }
+
     /// Logits, and the loss when labels are given: ids and labels (batch, seq) u32, label i being
     /// the token that follows id i. candle can differentiate both. Where no gradient is wanted,
     /// [`Self::logits`] and [`Self::loss`] are faster; for training there is
@@ -80,7 +89,7 @@ impl BitNetTransformer {
     /// No tokens, or a sequence longer than `max_seq_len`; labels of another shape; an id or label
     /// outside the vocabulary.
     pub fn forward(&self, ids: &Tensor, labels: Option<&Tensor>) -> Result<Output> {
-        self.check(ids, labels)?;
+        check_ids(&self.config, ids, labels)?;
         let (batch, seq) = ids.dims2()?;
         let logits = self.graph(&self.weights, ids)?;
         let loss = labels
@@ -92,7 +101,7 @@ impl BitNetTransformer {
 
     /// Logits (batch, seq, vocab) without a graph. Arguments and errors as in [`Self::forward`].
     pub fn logits(&self, ids: &Tensor) -> Result<Tensor> {
-        self.check(ids, None)?;
+        check_ids(&self.config, ids, None)?;
         let (batch, seq) = ids.dims2()?;
         let weights = self.weights.map(Tensor::detach);
         let logits = if self.device().is_cpu() {
@@ -108,7 +117,7 @@ impl BitNetTransformer {
 
     /// Mean cross-entropy in nats, without a graph. Arguments and errors as in [`Self::forward`].
     pub fn loss(&self, ids: &Tensor, labels: &Tensor) -> Result<f64> {
-        self.check(ids, Some(labels))?;
+        check_ids(&self.config, ids, Some(labels))?;
         if self.device().is_cpu() {
             let (seq, ids, labels) = (ids.dim(1)?, to_ids(ids)?, to_ids(labels)?);
             return Ok(self.on_cpu(seq, |network| network.loss(&ids, &labels)));
@@ -125,7 +134,7 @@ impl BitNetTransformer {
         labels: &Tensor,
         scale: f64,
     ) -> Result<(f64, Vec<Tensor>)> {
-        self.check(ids, Some(labels))?;
+        check_ids(&self.config, ids, Some(labels))?;
         let parameters = self.parameters.iter();
         if self.device().is_cpu() {
             let (seq, ids, labels) = (ids.dim(1)?, to_ids(ids)?, to_ids(labels)?);
@@ -149,76 +158,13 @@ impl BitNetTransformer {
         Ok((loss.to_scalar::<f32>()? as f64, gradients))
     }
 
-    fn check(&self, ids: &Tensor, labels: Option<&Tensor>) -> Result<()> {
-        let (batch, seq) = ids.dims2()?;
-        let max = self.config.max_seq_len;
-        if seq > max {
-            return Err(Error::usage(format!(
-                "a sequence of {seq} tokens exceeds model.max_seq_len ({max})"
-            )));
-        }
-        if batch * seq == 0 {
-            return Err(Error::usage(format!(
-                "no tokens in ids of shape ({batch}, {seq})"
-            )));
-        }
-        if let Some(labels) = labels
-            && labels.dims() != ids.dims()
-        {
-            return Err(Error::usage(format!(
-                "labels of shape {:?} do not match ids of shape {:?}",
-                labels.dims(),
-                ids.dims()
-            )));
-        }
-        let vocab = self.config.vocab_size;
-        for tensor in [Some(ids), labels].into_iter().flatten() {
-            let largest = to_ids(tensor)?.into_iter().max();
-            if let Some(id) = largest.filter(|id| *id as usize >= vocab) {
-                return Err(Error::usage(format!(
-                    "token id {id} is outside the vocabulary of {vocab}"
-                )));
-            }
-        }
-        Ok(())
-    }
-
-    fn heads(&self) -> Heads {
-        Heads {
-            heads: self.config.heads,
-            kv_heads: self.config.kv_heads,
-            head_dim: self.config.head_dim(),
-        }
-    }
-
     /// The network in candle operations: ids (batch, seq) u32 -> logits (batch * seq, vocab).
     fn graph(&self, weights: &Weights<Tensor>, ids: &Tensor) -> candle_core::Result<Tensor> {
-        let (batch, seq) = ids.dims2()?;
-        let mut x = weights
-            .embed_tokens
-            .index_select(&ids.flatten_all()?, 0)?
-            .reshape((batch, seq, self.config.hidden_size))?;
-        for layer in &weights.layers {
-            x = self.layer(layer, &x)?;
-        }
-        let hidden = ops::rms_norm(&x, &weights.norm, self.config.rms_norm_eps)?;
-        hidden.flatten(0, 1)?.matmul(&weights.lm_head().t()?)
-    }
-
-    /// x (batch, seq, hidden) -> (batch, seq, hidden).
-    fn layer(&self, w: &LayerWeights<Tensor>, x: &Tensor) -> candle_core::Result<Tensor> {
-        let eps = self.config.rms_norm_eps;
-        let n = ops::rms_norm(x, &w.input_layernorm, eps)?;
-        let qkv = ops::bit_linear(&n, &[&w.q_proj, &w.k_proj, &w.v_proj])?;
-        let a = ops::attention(&qkv, self.heads(), &self.rope)?;
-        let a = ops::rms_norm(&a, &w.attn_sub_norm, eps)?;
-        let h = (x + ops::bit_linear(&a, &[&w.o_proj])?)?;
-
-        let n = ops::rms_norm(&h, &w.post_attention_layernorm, eps)?;
-        let gate_up = ops::bit_linear(&n, &[&w.gate_proj, &w.up_proj])?;
-        let f = ops::gated_activation(&gate_up, self.config.activation)?;
-        let f = ops::rms_norm(&f, &w.ffn_sub_norm, eps)?;
-        h + ops::bit_linear(&f, &[&w.down_proj])?
+        let masters = |parts: &[&Tensor]| {
+            Ok::<_, candle_core::Error>(Masters(parts.iter().map(|&part| part.clone()).collect()))
+        };
+        let decoder = Decoder::new(&self.config, weights, &self.rope, masters)?;
+        decoder.logits(ids)
     }
 
     /// Runs `pass` over sequences of `seq` tokens with the weights borrowed.
@@ -230,7 +176,7 @@ impl BitNetTransformer {
         );
         pass(cpu::Network {
             weights: read.map(f32_slice),
-            heads: self.heads(),
+            heads: Heads::of(&self.config),
             activation: self.config.activation,
             eps: self.config.rms_norm_eps as f32,
             seq,
@@ -238,6 +184,54 @@ impl BitNetTransformer {
             sin: f32_slice(&sin),
         })
     }
+}
+
+/// Master weights that share their input, quantised as they are used.
+struct Masters(Vec<Tensor>);
+
+impl BitLinear for Masters {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        ops::bit_linear(x, &self.0.iter().collect::<Vec<_>>())
+    }
+}
+
+/// Errors as in [`BitNetTransformer::forward`].
+pub(super) fn check_ids(
+    config: &BitNetConfig,
+    ids: &Tensor,
+    labels: Option<&Tensor>,
+) -> Result<()> {
+    let (batch, seq) = ids.dims2()?;
+    let max = config.max_seq_len;
+    if seq > max {
+        return Err(Error::usage(format!(
+            "a sequence of {seq} tokens exceeds model.max_seq_len ({max})"
+        )));
+    }
+    if batch * seq == 0 {
+        return Err(Error::usage(format!(
+            "no tokens in ids of shape ({batch}, {seq})"
+        )));
+    }
+    if let Some(labels) = labels
+        && labels.dims() != ids.dims()
+    {
+        return Err(Error::usage(format!(
+            "labels of shape {:?} do not match ids of shape {:?}",
+            labels.dims(),
+            ids.dims()
+        )));
+    }
+    let vocab = config.vocab_size;
+    for tensor in [Some(ids), labels].into_iter().flatten() {
+        let largest = to_ids(tensor)?.into_iter().max();
+        if let Some(id) = largest.filter(|id| *id as usize >= vocab) {
+            return Err(Error::usage(format!(
+                "token id {id} is outside the vocabulary of {vocab}"
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn to_ids(tensor: &Tensor) -> candle_core::Result<Vec<u32>> {

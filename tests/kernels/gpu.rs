@@ -1,6 +1,6 @@
 //! Memory of the GPU between guards.
 
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DeviceRepr};
 use candle_core::{CudaDevice, Device};
 use half::bf16;
 use titanbit::cuda::DevicePtr;
@@ -36,6 +36,7 @@ value!(bf16, bf16::from_bits(0x7fda), bf16::to_bits);
 value!(i8, i8::MIN, |x| x as u8);
 value!(u8, 0xda, |x| x);
 value!(u32, 0xdead_beef, |x| x);
+value!(i32, i32::MIN, |x| x as u32);
 
 pub struct Gpu {
     pub device: CudaDevice,
@@ -87,6 +88,15 @@ pub struct Buffer<T> {
 impl<T: Value> Buffer<T> {
     pub fn ptr(&self) -> DevicePtr<T> {
         DevicePtr::new(address(&self.slice)).offset(GUARD)
+    }
+
+    pub fn view(&self) -> CudaView<'_, T> {
+        self.slice.slice(GUARD..self.slice.len() - GUARD)
+    }
+
+    pub fn view_mut(&mut self) -> CudaViewMut<'_, T> {
+        let end = self.slice.len() - GUARD;
+        self.slice.slice_mut(GUARD..end)
     }
 
     pub fn address(&self) -> u64 {

@@ -18,4 +18,5 @@ mod products;
 mod random;
 mod rope;
 mod rows;
+mod ternary;
 mod weights;

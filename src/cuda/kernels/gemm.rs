@@ -1,5 +1,6 @@
-//! Plain matrix products through cuBLASLt: input gradients, weight gradients and the LM head.
-//! Sums are f32; the algorithm is the library's first choice for a shape, the same in every run.
+//! Plain matrix products through cuBLASLt: input gradients, weight gradients and the LM head, and
+//! what `titanbit bench` compares with. Sums are f32, of int8 operands int32; the algorithm is the
+//! library's first choice for a shape, the same in every run.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -45,6 +46,7 @@ enum Format {
     Fp8 {
         scale: Option<u64>,
     },
+    Int8,
 }
 
 impl Operand {
@@ -99,6 +101,7 @@ impl Format {
         match self {
             Self::Bf16 => sys::cudaDataType::CUDA_R_16BF,
             Self::Fp8 { .. } => sys::cudaDataType::CUDA_R_8F_E4M3,
+            Self::Int8 => sys::cudaDataType::CUDA_R_8I,
         }
     }
 }
@@ -180,7 +183,12 @@ impl Gemm {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::hash_map::Entry::Vacant(entry) => entry.insert(self.plan(&key)?),
         };
-        let (alpha, beta) = (1f32, if c.add { 1f32 } else { 0f32 });
+        // In the type of the sums.
+        let factor = |value: bool| match a.format {
+            Format::Int8 => u32::from(value),
+            _ => f32::from(u8::from(value)).to_bits(),
+        };
+        let (alpha, beta) = (factor(true), factor(c.add));
         let [b_layout, a_layout, c_layout] = plan.layouts;
         let pointer = |address: u64| address as *mut c_void;
         // SAFETY: descriptors and workspace live as long as `self`; the operands are the caller's promise.
@@ -207,6 +215,36 @@ impl Gemm {
         .map_err(failed)
     }
 
+    /// The exact sums c (m, n) = a . b^T: int8 a (m, k) and b (n, k), int32 c.
+    ///
+    /// # Safety
+    /// The operands must be device memory of the sizes given.
+    ///
+    /// # Errors
+    /// `Tensor` if the library has no way to compute this product: sizes must be multiples of 4.
+    pub unsafe fn multiply_int8(
+        &self,
+        [m, n, k]: [usize; 3],
+        a: DevicePtr<i8>,
+        b: DevicePtr<i8>,
+        c: DevicePtr<i32>,
+    ) -> Result<()> {
+        let operand = |values: DevicePtr<i8>| Operand {
+            address: values.address(),
+            stride: k,
+            format: Format::Int8,
+        };
+        let sums = Output {
+            address: c.address(),
+            stride: n,
+            // Of as many bytes; `plan` knows the type.
+            dtype: Float::F32,
+            add: false,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { self.multiply(Layout::NT, [m, n, k], operand(a), operand(b), sums) }
+    }
+
     fn plan(&self, key: &Key) -> Result<Plan> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let [m, n, k] = key.sizes;
@@ -228,16 +266,24 @@ impl Gemm {
             result::create_matrix_layout(dtype, columns as u64, rows as u64, stride as i64)
                 .map_err(failed)
         };
+        let (compute, scale, c_type) = match a_format {
+            Format::Int8 => (
+                sys::cublasComputeType_t::CUBLAS_COMPUTE_32I,
+                sys::cudaDataType::CUDA_R_32I,
+                sys::cudaDataType::CUDA_R_32I,
+            ),
+            _ => (
+                sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                sys::cudaDataType::CUDA_R_32F,
+                key.dtype.to_cuda(),
+            ),
+        };
         let layouts = [
             matrix(b_format.to_cuda(), b_columns, b_rows, b_stride)?,
             matrix(a_format.to_cuda(), a_columns, a_rows, a_stride)?,
-            matrix(key.dtype.to_cuda(), n, m, c_stride)?,
+            matrix(c_type, n, m, c_stride)?,
         ];
-        let description = result::create_matmul_desc(
-            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-            sys::cudaDataType::CUDA_R_32F,
-        )
-        .map_err(failed)?;
+        let description = result::create_matmul_desc(compute, scale).map_err(failed)?;
         let preference = result::create_matmul_pref().map_err(failed)?;
         let workspace_bytes = self.workspace.len();
         // SAFETY: each attribute is set from a value of its documented type and size; nothing was freed.

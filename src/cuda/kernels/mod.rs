@@ -8,17 +8,20 @@ pub mod gated_activation;
 pub mod gemm;
 mod module;
 pub mod optimizer;
+pub mod quantize_tokens;
 pub mod rms_norm;
 pub mod rope;
 pub mod rows;
 mod tensor_map;
 pub mod ternary_matmul;
+pub mod ternary_tiles;
 pub mod ternary_weights;
 pub mod to_bf16;
 pub mod transpose;
 
 pub use module::{Argument, Kernel, Module};
-pub use ternary_matmul::{CudaPackedTernary, TernaryMatmul};
+pub use ternary_matmul::TernaryMatmul;
+pub use ternary_tiles::{CudaPackedTernary, TernaryTiles};
 
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr as _};
 

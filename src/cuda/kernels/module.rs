@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    self, CUdevice_attribute, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
+    CUlaunchConfig,
+};
 use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, CudaModule, CudaStream, DeviceRepr, result,
 };
@@ -124,6 +127,56 @@ impl Kernel {
                 &mut pointers,
             )
         }
+        .w()?;
+        Ok(())
+    }
+
+    /// As [`Self::launch`], with `shared_bytes` of dynamic shared memory. An `overlapped` kernel may
+    /// start while earlier ones still run (from sm_90 on): it reads what they do not write, and then
+    /// waits for their end itself (`griddepcontrol.wait`).
+    ///
+    /// # Safety
+    /// As [`Self::launch`]; an overlapped kernel must wait before it reads what earlier kernels
+    /// write, and before it writes.
+    ///
+    /// # Errors
+    /// As [`Self::launch`].
+    pub unsafe fn launch_with(
+        &self,
+        grid: [usize; 3],
+        threads: usize,
+        shared_bytes: usize,
+        overlapped: bool,
+        arguments: &[&dyn Argument],
+    ) -> Result<()> {
+        let mut pointers: Vec<_> = arguments.iter().map(|a| a.pointer()).collect();
+        // SAFETY: a plain C structure, of which zeros are a value.
+        let mut overlap: CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        overlap.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        overlap.value.programmaticStreamSerializationAllowed = 1;
+        let [x, y, z] = grid.map(|blocks| blocks as u32);
+        let config = CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes as u32,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(overlapped),
+        };
+        // SAFETY: as promised by the caller; the driver copies the arguments before it returns.
+        unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                self.function.cu_function(),
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        }
+        .result()
         .w()?;
         Ok(())
     }

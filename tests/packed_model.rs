@@ -1,0 +1,129 @@
+//! Inference over packed weights against the model that it was packed from.
+
+use candle_core::{DType, Device, Tensor};
+use titanbit::model::{BitNetConfig, BitNetTransformer, PackedTransformer};
+use titanbit::quant::{Backend, PackedTernary};
+
+fn config() -> BitNetConfig {
+    BitNetConfig {
+        vocab_size: 300,
+        layers: 3,
+        hidden_size: 96,
+        heads: 6,
+        kv_heads: 2,
+        // No multiple of the 32 features that the GPU's kernels take at a time.
+        intermediate_size: 272,
+        max_seq_len: 64,
+        init_std: 0.1,
+        ..BitNetConfig::preset("125M").unwrap()
+    }
+}
+
+fn devices() -> Vec<Device> {
+    let mut devices = vec![Device::Cpu];
+    match titanbit::device::select("cuda") {
+        Ok(device) => devices.push(device),
+        Err(error) => eprintln!("without a GPU: {error}"),
+    }
+    devices
+}
+
+/// ||a - b|| / ||b|| over all values.
+fn error(a: &Tensor, b: &Tensor) -> f64 {
+    let norm = |x: &Tensor| {
+        x.sqr()
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap()
+            .sqrt()
+    };
+    f64::from(norm(&(a - b).unwrap()) / norm(b))
+}
+
+#[test]
+fn packed_logits_are_those_of_the_model() {
+    for device in devices() {
+        let config = config();
+        let model = BitNetTransformer::new(&config, 7, &device).unwrap();
+        let packed = PackedTransformer::new(&model).unwrap();
+        for (batch, seq) in [(1, 1), (1, 64), (3, 17)] {
+            let ids: Vec<u32> = (0..batch * seq)
+                .map(|i| (i * i * 31 % 300) as u32)
+                .collect();
+            let ids = Tensor::from_vec(ids, (batch, seq), &device).unwrap();
+            let expected = model.forward(&ids, None).unwrap().logits;
+            let logits = packed.logits(&ids).unwrap();
+            assert_eq!(logits.dims(), [batch, seq, 300]);
+            let error = error(&logits, &expected);
+            println!("{device:?} {batch} x {seq}: {error:.1e}");
+            // A GPU's kernels multiply by the reciprocal of a scale: an activation near a tie may get
+            // the other code, which moves everything behind it.
+            let bound = if device.is_cpu() { 1e-6 } else { 2e-2 };
+            assert!(error < bound, "{device:?} {batch} x {seq}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn ids_are_checked_as_by_the_model() {
+    let model = BitNetTransformer::new(&config(), 7, &Device::Cpu).unwrap();
+    let packed = PackedTransformer::new(&model).unwrap();
+    let refusal = |ids: &[u32]| {
+        let ids = Tensor::new(ids, &Device::Cpu)
+            .unwrap()
+            .unsqueeze(0)
+            .unwrap();
+        packed.logits(&ids).unwrap_err().to_string()
+    };
+    assert!(refusal(&[1, 300]).contains("token id 300 is outside the vocabulary of 300"));
+    assert!(refusal(&[0; 65]).contains("a sequence of 65 tokens exceeds"));
+}
+
+/// Weights of one row each, of which the codes and the result are plain to see.
+#[test]
+fn a_bit_linear_scales_each_row_and_each_token() {
+    for device in devices() {
+        let packed = PackedTernary::pack(&[1, 1, 0, -1, 0, 1], 2, 3).unwrap();
+        let linear = Backend::new(&device)
+            .unwrap()
+            .load(packed, vec![0.5, 2.0])
+            .unwrap();
+        // Codes 127, -64 (-63.5 to even), 32 (31.75) and 127, 0, 127.
+        let x = Tensor::new(&[[[2f32, -1.0, 0.5]], [[-8.0, 0.0, -8.0]]], &device).unwrap();
+        let y = linear.forward(&x).unwrap();
+        assert_eq!(y.dims(), [2, 1, 2]);
+        let y: Vec<f32> = y.flatten_all().unwrap().to_vec1().unwrap();
+        let s = 2.0 / 127.0;
+        let expected = [63.0 * 0.5 * s, (32.0 - 127.0) * 2.0 * s, -4.0, 0.0];
+        for (y, expected) in y.iter().zip(expected) {
+            assert!((y - expected).abs() < 1e-5, "{y}, not {expected}");
+        }
+    }
+}
+
+#[test]
+fn activations_that_do_not_fit_are_refused() {
+    let linear = |device: &Device| {
+        let packed = PackedTernary::pack(&[1; 6], 2, 3).unwrap();
+        Backend::new(device)
+            .unwrap()
+            .load(packed, vec![1.0; 2])
+            .unwrap()
+    };
+    for device in devices() {
+        let narrow = Tensor::zeros((4, 2), DType::F32, &device).unwrap();
+        let message = linear(&device).forward(&narrow).unwrap_err().to_string();
+        assert!(message.contains("do not end in 3 features"), "{message}");
+        let integers = Tensor::zeros((4, 3), DType::U32, &device).unwrap();
+        linear(&device).forward(&integers).unwrap_err();
+    }
+    let packed = PackedTernary::pack(&[1; 6], 2, 3).unwrap();
+    let error = Backend::Cpu.load(packed, vec![1.0]).err().unwrap();
+    assert!(
+        error
+            .to_string()
+            .contains("1 weight scales do not fit 2 weight rows")
+    );
+}
