@@ -95,12 +95,19 @@ fn describe_cuda(device: &candle_core::CudaDevice) -> String {
 
 /// Dense bf16 peak of a GPU in the table of [`crate::hardware`]; `None` for others and the CPU.
 pub fn peak_bf16_tflops(device: &Device) -> Option<f64> {
+    crate::hardware::peak_bf16_tflops(&gpu_name(device)?)
+}
+
+/// Dense int8 peak in TOP/s, where that is known as for [`peak_bf16_tflops`].
+pub fn peak_int8_tops(device: &Device) -> Option<f64> {
+    crate::hardware::peak_int8_tops(&gpu_name(device)?)
+}
+
+/// As the driver calls a GPU; `None` for the CPU.
+fn gpu_name(device: &Device) -> Option<String> {
     match device {
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => {
-            let name = device.cuda_stream().context().name().ok()?;
-            crate::hardware::peak_bf16_tflops(&name)
-        }
+        Device::Cuda(device) => device.cuda_stream().context().name().ok(),
         _ => None,
     }
 }
@@ -139,6 +146,33 @@ fn copy_bandwidth_cuda(device: &candle_core::CudaDevice) -> Result<f64> {
         shortest = shortest.min(start.elapsed_ms(&now()?).w()?);
     }
     Ok(2.0 * BYTES as f64 / (f64::from(shortest) / 1e3))
+}
+
+/// Bytes that the last cache before the device's memory holds: a GPU's L2, a CPU's largest. 32 MiB
+/// where the system does not say.
+pub fn last_cache_bytes(device: &Device) -> usize {
+    let known = match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute as Attribute;
+            let l2 = Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE;
+            let bytes = device.cuda_stream().context().attribute(l2).ok();
+            bytes.map(|bytes| bytes as usize)
+        }
+        _ => cpu_cache_bytes(),
+    };
+    known.unwrap_or(32 << 20)
+}
+
+/// The largest cache that Linux lists for the first CPU.
+fn cpu_cache_bytes() -> Option<usize> {
+    let caches = fs::read_dir("/sys/devices/system/cpu/cpu0/cache").ok()?;
+    let sizes = caches.filter_map(|cache| {
+        let size = fs::read_to_string(cache.ok()?.path().join("size")).ok()?;
+        let kib: usize = size.trim().strip_suffix('K')?.parse().ok()?;
+        Some(kib * 1024)
+    });
+    sizes.max()
 }
 
 /// Bytes free on the device, where the system says.

@@ -19,57 +19,68 @@ fn refused(args: &[&str], message: &str) {
 }
 
 #[test]
-fn the_table_names_the_device_and_both_paths() {
-    bench(&["--m", "33", "--k", "47", "--n", "29", "--device", "cpu"])
+fn the_table_names_the_machine_and_the_kernel() {
+    let args = "--m 33 --k 47 --n 29 --device cpu --kernels portable";
+    bench(&args.split(' ').collect::<Vec<_>>())
         .success()
         .stdout(
             contains("CPU (")
                 .and(contains("threads"))
-                .and(contains("f32 GEMM")),
+                .and(contains("GB/s measured reading"))
+                .and(contains("beside f32 GEMM"))
+                .and(contains("portable"))
+                .and(contains("vs f32")),
         )
-        .stdout(contains("ternary, packed 2-bit"))
         .stdout(predicate::function(|text: &str| {
-            text.matches("exact").count() == 2
+            text.matches("exact").count() == 1
         }));
 }
 
 #[test]
 fn the_json_is_one_object_whose_numbers_fit_together() {
-    let (m, k, n) = (65.0, 130.0, 33.0);
-    let args = [
-        "--m", "65", "--k", "130", "--n", "33", "--device", "cpu", "--json",
-    ];
+    let args = "--m 3,65 --k 130 --n 33 --device cpu --json";
+    let args: Vec<&str> = args.split(' ').collect();
     let output = bench(&args).success().get_output().stdout.clone();
     let report: Value = serde_json::from_slice(&output).unwrap();
-    assert_eq!([&report["m"], &report["k"], &report["n"]], [65, 130, 33]);
-    assert!(report["threads"].as_u64().unwrap() >= 1);
-
-    let paths = report["paths"].as_array().unwrap();
-    // The result once, and each operand: 4 bytes a value, or 1 for x and 4 for 16 values of w.
-    let bytes = [
-        4.0 * (m * k + n * k + m * n),
-        m * k + 4.0 * n * 9.0 + 4.0 * m * n,
-    ];
-    assert_eq!(paths.len(), bytes.len());
-    for (path, bytes) in paths.iter().zip(bytes) {
-        assert_eq!(path["exact"], true, "{path}");
-        assert_eq!(path["max_error"], 0.0, "{path}");
-        assert_eq!(path["bytes"].as_f64().unwrap(), bytes);
-        assert!(path["calls"].as_u64().unwrap() >= 3);
-        let seconds = path["median_ms"].as_f64().unwrap() / 1e3;
-        let close = |key: &str, expected: f64| {
-            let value = path[key].as_f64().unwrap();
-            assert!(
-                (value / expected - 1.0).abs() < 1e-9,
-                "{key}: {value}, not {expected}"
-            );
+    assert!(report["machine"]["threads"].as_u64().unwrap() >= 1);
+    let bandwidth = report["machine"]["bandwidth"].as_f64().unwrap();
+    assert!(bandwidth > 1e8, "{bandwidth}");
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    for (row, m) in rows.iter().zip([3.0, 65.0]) {
+        let (k, n) = (130.0, 33.0);
+        assert_eq!([&row["m"], &row["k"], &row["n"]], [m as u64, 130, 33]);
+        let (ternary, dense) = (&row["ternary"], &row["baselines"][0]);
+        // The result once, and each operand: 4 bytes a value, or 1 for x and 4 for 16 values of w.
+        let bytes = [
+            m * k + 4.0 * n * 9.0 + 4.0 * m * n,
+            4.0 * (m * k + n * k + m * n),
+        ];
+        for (path, bytes) in [ternary, dense].into_iter().zip(bytes) {
+            assert_eq!(path["exact"], true, "{path}");
+            assert_eq!(path["max_error"], 0.0, "{path}");
+            assert_eq!(path["bytes"].as_f64().unwrap(), bytes);
+            for cache in ["cold", "warm"] {
+                let times = &path[cache];
+                let [p20, p50, p80] =
+                    ["p20_us", "p50_us", "p80_us"].map(|key| times[key].as_f64().unwrap());
+                assert!(0.0 < p20 && p20 <= p50 && p50 <= p80, "{times}");
+                assert!(times["samples"].as_u64().unwrap() >= 5);
+            }
+        }
+        let seconds = |path: &Value| path["cold"]["p50_us"].as_f64().unwrap() / 1e6;
+        let close = |value: &Value, expected: f64| {
+            let value = value.as_f64().unwrap();
+            let off = (value / expected - 1.0).abs();
+            assert!(off < 1e-9, "{value}, not {expected}");
         };
-        close("tflops", 2.0 * m * k * n / seconds / 1e12);
-        close("gb_per_s", bytes / seconds / 1e9);
+        let rate = bytes[0] / seconds(ternary);
+        close(&row["gb_per_s"], rate / 1e9);
+        close(&row["bandwidth_share"], rate / bandwidth);
+        close(&row["tops"], 2.0 * m * k * n / seconds(ternary) / 1e12);
+        close(&dense["speedup"], seconds(dense) / seconds(ternary));
+        assert_eq!(row["peak_share"], Value::Null);
     }
-    let median = |path: usize| paths[path]["median_ms"].as_f64().unwrap();
-    let speedup = report["speedup"].as_f64().unwrap();
-    assert!((speedup / (median(0) / median(1)) - 1.0).abs() < 1e-9);
 }
 
 #[test]
@@ -78,24 +89,53 @@ fn every_dimension_of_one_works() {
 }
 
 #[test]
+fn reports_and_plots_go_to_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (table, plot) = (path("table.txt"), path("plot.svg"));
+    let args = "--m 1,2 --k 64 --n 32 --device cpu --output";
+    let mut args: Vec<&str> = args.split(' ').collect();
+    args.extend([&table, "--plot", &plot]);
+    bench(&args).success().stdout("");
+    let table = std::fs::read_to_string(table).unwrap();
+    assert_eq!(table.matches("exact").count(), 2, "{table}");
+    let plot = std::fs::read_to_string(plot).unwrap();
+    for part in ["<svg", "speed-up over f32 GEMM", "32 x 64", "</svg>"] {
+        assert!(plot.contains(part), "`{part}` in the plot");
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+
+    let nowhere = path("nowhere/plot.svg");
+    refused(
+        &["--m", "1", "--k", "64", "--n", "32", "--plot", &nowhere],
+        "there is no directory",
+    );
+}
+
+#[test]
+fn shapes_are_whole_or_a_suite() {
+    refused(&["--n", "64"], "--k <K>");
+    refused(&["--k", "64"], "--n <N>");
+    refused(
+        &["--suite", "bitnet", "--n", "64", "--k", "64"],
+        "cannot be used with",
+    );
+    refused(&["--suite", "llama"], "possible values: bitnet");
+}
+
+#[test]
 fn impossible_sizes_are_refused() {
-    for flag in ["--m", "--k", "--n"] {
-        refused(
-            &[flag, "0"],
-            &format!("{flag} 0: every dimension must be at least 1"),
-        );
-    }
-    refused(&["--k", "16777216"], "--k 16777216: at most 16777215");
+    let shape = |m: &str, k: &str, n: &str, message: &str| {
+        refused(&["--m", m, "--k", k, "--n", n, "--device", "cpu"], message);
+    };
+    let zero = "0: every dimension must be at least 1";
+    shape("0", "64", "64", &format!("--m {zero}"));
+    shape("1", "0", "64", &format!("--k {zero}"));
+    shape("1", "64", "0", &format!("--n {zero}"));
+    shape("1", "16777216", "64", "--k 16777216: at most 16777215");
     let huge = usize::MAX.to_string();
-    for args in [
-        ["--m", "99999999", "--n", "99999999"],
-        ["--m", &huge, "--n", &huge],
-    ] {
-        refused(
-            &[args.as_slice(), &["--device", "cpu"]].concat(),
-            "choose smaller sizes",
-        );
-    }
+    shape("99999999", "64", "99999999", "choose smaller sizes");
+    shape(&huge, "64", &huge, "choose smaller sizes");
 }
 
 #[test]

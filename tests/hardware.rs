@@ -1,6 +1,6 @@
-//! Names as the driver prints them, against the dense bf16 figures of the data sheets.
+//! Names as the driver prints them, against the dense figures of the data sheets.
 
-use titanbit::hardware::peak_bf16_tflops;
+use titanbit::hardware::{peak_bf16_tflops, peak_int8_tops};
 
 #[test]
 fn names_that_contain_one_another_are_told_apart() {
@@ -33,6 +33,19 @@ fn names_that_contain_one_another_are_told_apart() {
     ] {
         assert_eq!(peak_bf16_tflops(name), Some(tflops), "{name}");
     }
+}
+
+#[test]
+fn int8_is_twice_as_fast_as_bf16_or_four_times_on_geforce() {
+    for (name, tops) in [
+        ("NVIDIA A100-SXM4-40GB", 624.0),
+        ("NVIDIA L20", 239.0),
+        ("NVIDIA H200", 1979.0),
+        ("NVIDIA GeForce RTX 4090", 660.6),
+    ] {
+        assert_eq!(peak_int8_tops(name), Some(tops), "{name}");
+    }
+    assert_eq!(peak_int8_tops("NVIDIA A10G"), None);
 }
 
 #[test]

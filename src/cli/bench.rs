@@ -1,47 +1,76 @@
-//! `titanbit bench`: the ternary product over packed 2-bit weights against a dense one, and with
-//! `train` whole training steps.
+//! `titanbit bench`: the product over packed 2-bit weights beside dense ones, and with `train`
+//! whole training steps.
 
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod machine;
+mod plot;
 mod problem;
 mod profile;
+mod report;
+mod shapes;
 mod timing;
 mod train;
 
+use std::fs;
+use std::path::{Path, PathBuf};
+
 use candle_core::Device;
-use serde_json::{Value, json};
+use indicatif::{ProgressBar, ProgressStyle};
 
 use super::console;
+use crate::config::Kernels;
+use crate::error::IoContext;
 use crate::quant::matmul::MAX_K;
 use crate::{Error, Result, device};
-use problem::{Agreement, Problem};
-use timing::Timing;
+use machine::Machine;
+use problem::{Problem, Weights};
+use report::{Report, Row};
+use shapes::{Shape, Suite};
 
-/// Compare the ternary matrix product over packed 2-bit weights with a dense one.
+/// Time the matrix product over packed ternary weights beside dense ones, and check that it is exact.
 ///
-/// Multiplies random int8 activations (M, K) by random ternary weights (N, K): on the CPU against
-/// an f32 GEMM, on a GPU against bf16 cuBLAS. Every result is checked against the exact integers.
+/// Multiplies random int8 activations (M, K) by random ternary weights (N, K): on a CPU beside an
+/// f32 GEMM, on a GPU beside cuBLASLt in bf16 and in int8. Times are medians, and 20th and 80th
+/// percentiles, of a call with the weights in memory (cold); "warm" is the median with one weight
+/// that stays in cache. Speed-ups compare cold with cold.
 #[derive(clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
     #[command(subcommand)]
     command: Option<Command>,
-    /// Rows of the activations (tokens)
-    #[arg(long, default_value_t = 2048)]
-    m: usize,
-    /// Inner dimension (features in)
-    #[arg(long, default_value_t = 2048)]
-    k: usize,
-    /// Rows of the weights (features out)
-    #[arg(long, default_value_t = 2048)]
-    n: usize,
+    /// Rows of the activations (tokens), one number or several: 1,16,128 [default: by the device]
+    #[arg(long, value_delimiter = ',')]
+    m: Vec<usize>,
+    /// Rows of the weights (features out), with --k [default: the projections of the 1.3B model]
+    #[arg(long, requires = "k")]
+    n: Option<usize>,
+    /// Inner dimension (features in), with --n
+    #[arg(long, requires = "n")]
+    k: Option<usize>,
+    /// A collection of shapes
+    #[arg(long, conflicts_with_all = ["n", "k"])]
+    suite: Option<Suite>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
+    /// auto: the fastest kernels for the device; portable: those for every GPU, or every CPU
+    #[arg(long, value_name = "WHICH", default_value = "auto", value_parser = train::word::<Kernels>)]
+    kernels: Kernels,
+    /// On a GPU, start each product when the one before has ended. Else its weights are brought while
+    /// the one before still runs (from sm_90 on), as in a model
+    #[arg(long)]
+    in_turn: bool,
     /// Print one JSON object instead of a table
     #[arg(long)]
     json: bool,
+    /// Write the table, or the JSON object, to this file instead of printing it
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Draw speed-up and share of the limit over M to this SVG file
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
 }
 
 #[derive(clap::Subcommand)]
@@ -49,82 +78,139 @@ enum Command {
     Train(train::Args),
 }
 
-/// One path, timed and checked.
-struct Measured {
-    name: &'static str,
-    timing: Timing,
-    /// Bytes that must move at least: both operands read once, the result written once.
-    bytes: usize,
-    agreement: Agreement,
-}
-
 pub fn run(args: Args) -> Result<()> {
     if let Some(Command::Train(args)) = &args.command {
         return train::run(args);
     }
-    check_shape(&args)?;
+    let shapes = shapes(&args)?;
     let device = device::select(&args.device)?;
-    check_memory(&args, &device)?;
-    let problem = Problem::random(args.m, args.k, args.n)?;
-    let paths = match &device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => [
-            cuda::gemm(&problem, device)?,
-            cuda::ternary(&problem, device)?,
-        ],
-        _ => [cpu::gemm(&problem)?, cpu::ternary(&problem)?],
+    let tokens = match args.m.as_slice() {
+        [] => shapes::tokens(&device),
+        tokens => tokens.to_vec(),
     };
-    if args.json {
-        console::answer(json_report(&problem, &device, &paths))?;
-    } else {
-        console::answer(table(&problem, &device, &paths))?;
+    check_sizes(&shapes, &tokens)?;
+    for path in [&args.output, &args.plot].into_iter().flatten() {
+        check_directory(path)?;
     }
-    let [_, ternary] = &paths;
-    if ternary.agreement.exact() {
-        Ok(())
-    } else {
-        Err(candle_core::Error::msg(format!(
-            "the ternary product is wrong in {} of {} rows",
-            ternary.agreement.wrong_rows, problem.m
-        ))
-        .into())
+    let largest = tokens.iter().copied().max().unwrap_or(1);
+    for shape in &shapes {
+        check_memory(largest, shape, &device)?;
+    }
+    let machine = Machine::measure(&device)?;
+    let rows = measure(&args, &shapes, &tokens, &device, &machine)?;
+    let report = Report { machine, rows };
+
+    let text = match args.json {
+        true => format!("{:#}", report.json()),
+        false => report.table(),
+    };
+    match &args.output {
+        Some(path) => write_file(path, &(text + "\n"))?,
+        None => console::answer(text)?,
+    }
+    if let Some(path) = &args.plot {
+        plot::write(&report, path)?;
+    }
+    if report.is_exact() {
+        return Ok(());
+    }
+    Err(
+        candle_core::Error::msg("the product over packed weights is wrong, see the last column")
+            .into(),
+    )
+}
+
+/// What is asked for: one shape, a suite, or the projections of the default model.
+fn shapes(args: &Args) -> Result<Vec<Shape>> {
+    match (args.n.zip(args.k), args.suite) {
+        (Some((n, k)), _) => Ok(vec![Shape {
+            name: String::new(),
+            n,
+            k,
+        }]),
+        (None, Some(suite)) => suite.shapes(),
+        (None, None) => shapes::projections("1.3B"),
     }
 }
 
-fn check_shape(args: &Args) -> Result<()> {
-    for (flag, size) in [("--m", args.m), ("--k", args.k), ("--n", args.n)] {
+fn measure(
+    args: &Args,
+    shapes: &[Shape],
+    tokens: &[usize],
+    device: &Device,
+    machine: &Machine,
+) -> Result<Vec<Row>> {
+    let style =
+        ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}").expect("a valid template");
+    let bar =
+        console::show(ProgressBar::new((shapes.len() * tokens.len()) as u64).with_style(style));
+    #[cfg(feature = "cuda")]
+    let gpu = match device {
+        Device::Cuda(device) => Some(cuda::Bench::new(args, device, machine)?),
+        _ => None,
+    };
+    let mut rows = Vec::new();
+    for shape in shapes {
+        let weights = Weights::random(shape.n, shape.k)?;
+        for &m in tokens {
+            bar.set_message(format!("{m} x {} x {}", shape.n, shape.k));
+            let problem = Problem::random(m, &weights);
+            rows.push(match device {
+                #[cfg(feature = "cuda")]
+                Device::Cuda(_) => gpu.as_ref().expect("made above").row(shape, &problem)?,
+                _ => cpu::row(shape, &problem, machine, args.kernels)?,
+            });
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    Ok(rows)
+}
+
+fn check_sizes(shapes: &[Shape], tokens: &[usize]) -> Result<()> {
+    let tokens = tokens.iter().map(|m| ("--m", *m));
+    let features = shapes
+        .iter()
+        .flat_map(|shape| [("--n", shape.n), ("--k", shape.k)]);
+    for (flag, size) in tokens.chain(features) {
         if size == 0 {
             return Err(Error::usage(format!(
                 "{flag} 0: every dimension must be at least 1"
             )));
         }
-    }
-    if args.k > MAX_K {
-        return Err(Error::usage(format!(
-            "--k {}: at most {MAX_K}, beyond which the int32 sums can overflow",
-            args.k
-        )));
+        if flag == "--k" && size > MAX_K {
+            return Err(Error::usage(format!(
+                "--k {size}: at most {MAX_K}, beyond which the int32 sums can overflow"
+            )));
+        }
     }
     Ok(())
 }
 
 /// Refuses what the host or the GPU cannot hold, before the operating system has to.
-fn check_memory(args: &Args, device: &Device) -> Result<()> {
-    let [m, k, n] = [args.m, args.k, args.n].map(|size| size as f64);
-    // Codes and packed weights stay; a path adds 4 bytes for each operand value and two or three
-    // int32 or float results.
-    let host = 5.0 * (m * k + n * k) + n * k / 4.0 + 12.0 * m * n;
+fn check_memory(largest_m: usize, shape: &Shape, device: &Device) -> Result<()> {
+    let [m, n, k] = [largest_m, shape.n, shape.k].map(|size| size as f64);
+    let cold = 6.0 * device::last_cache_bytes(device) as f64;
+    // Codes and packed weights stay; a path adds 4 bytes for each operand value, as much again for
+    // weights beyond the cache, and two or three int32 or float results.
+    let host = 5.0 * m * k + 9.0 * n * k + 12.0 * m * n + cold;
     let available = device::host_memory("MemAvailable");
-    fits(args, "memory", host, available.map(|bytes| bytes as f64))?;
+    fits(
+        m,
+        shape,
+        "memory",
+        host,
+        available.map(|bytes| bytes as f64),
+    )?;
     if device.is_cpu() {
         return Ok(());
     }
-    let gpu = 2.0 * (m * k + n * k) + 4.0 * m * n;
+    let gpu = 2.0 * m * k + 4.0 * n * k + 6.0 * m * n + cold;
     let free = device::free_memory(device);
-    fits(args, "GPU memory", gpu, free.map(|bytes| bytes as f64))
+    fits(m, shape, "GPU memory", gpu, free.map(|bytes| bytes as f64))
 }
 
-fn fits(args: &Args, memory: &str, needed: f64, available: Option<f64>) -> Result<()> {
+fn fits(m: f64, shape: &Shape, memory: &str, needed: f64, available: Option<f64>) -> Result<()> {
     // Where the system does not say what it has, its address space is the only limit known.
     let available = available.unwrap_or(isize::MAX as f64);
     if needed <= available {
@@ -132,86 +218,35 @@ fn fits(args: &Args, memory: &str, needed: f64, available: Option<f64>) -> Resul
     }
     let gib = |bytes: f64| bytes / f64::from(1 << 30);
     Err(Error::usage(format!(
-        "--m {} --k {} --n {} needs about {:.1} GiB of {memory} and {:.1} GiB are free: \
-         choose smaller sizes",
-        args.m,
-        args.k,
-        args.n,
+        "--m {m} --n {} --k {} needs about {:.1} GiB of {memory} and {:.1} GiB are free: choose \
+         smaller sizes",
+        shape.n,
+        shape.k,
         gib(needed),
         gib(available)
     )))
 }
 
-impl Measured {
-    fn tera_operations(&self, problem: &Problem) -> f64 {
-        problem.operations() / self.timing.median / 1e12
-    }
-
-    fn gigabytes(&self) -> f64 {
-        self.bytes as f64 / self.timing.median / 1e9
-    }
-}
-
-/// How many times as fast as the dense path the ternary one is.
-fn speedup([dense, ternary]: &[Measured; 2]) -> f64 {
-    dense.timing.median / ternary.timing.median
-}
-
-fn table(problem: &Problem, device: &Device, paths: &[Measured; 2]) -> String {
-    let &Problem { m, k, n, .. } = problem;
-    let mut lines = vec![
-        format!(
-            "{}, {} threads",
-            device::describe(device),
-            rayon::current_num_threads()
-        ),
-        format!("y = x . w^T: int8 x ({m} x {k}), ternary w ({n} x {k}), y ({m} x {n})\n"),
-        format!(
-            "{:<22} {:>12} {:>7} {:>9} {:>9} {:>9}  result",
-            "path", "median", "calls", "TFLOP/s", "GB/s", "speed-up"
-        ),
-    ];
-    lines.extend(paths.iter().map(|path| {
-        format!(
-            "{:<22} {:>9.3} ms {:>7} {:>9.3} {:>9.2} {:>8.2}x  {}",
-            path.name,
-            1e3 * path.timing.median,
-            path.timing.calls,
-            path.tera_operations(problem),
-            path.gigabytes(),
-            paths[0].timing.median / path.timing.median,
-            result(&path.agreement),
-        )
-    }));
-    lines.join("\n")
-}
-
-fn result(agreement: &Agreement) -> String {
-    if agreement.exact() {
-        "exact".to_owned()
-    } else {
-        format!("max |error| {}", agreement.max_error)
+/// Refuses a file in a directory that is not there before anything is measured.
+fn check_directory(path: &Path) -> Result<()> {
+    let directory = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    match directory {
+        Some(directory) if !directory.is_dir() => Err(Error::usage(format!(
+            "cannot write {}: there is no directory {}",
+            path.display(),
+            directory.display()
+        ))),
+        _ => Ok(()),
     }
 }
 
-fn json_report(problem: &Problem, device: &Device, paths: &[Measured; 2]) -> Value {
-    let &Problem { m, k, n, .. } = problem;
-    json!({
-        "device": device::describe(device),
-        "threads": rayon::current_num_threads(),
-        "m": m,
-        "k": k,
-        "n": n,
-        "speedup": speedup(paths),
-        "paths": paths.each_ref().map(|path| json!({
-            "name": path.name,
-            "median_ms": 1e3 * path.timing.median,
-            "calls": path.timing.calls,
-            "tflops": path.tera_operations(problem),
-            "bytes": path.bytes,
-            "gb_per_s": path.gigabytes(),
-            "exact": path.agreement.exact(),
-            "max_error": path.agreement.max_error,
-        })),
-    })
+/// Writes a file whole: what was there stays until all of it is on disk.
+fn write_file(path: &Path, text: &str) -> Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".partial");
+    let temporary = PathBuf::from(temporary);
+    fs::write(&temporary, text).at("write", &temporary)?;
+    fs::rename(&temporary, path).at("write", path)
 }

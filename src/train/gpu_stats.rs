@@ -3,7 +3,7 @@
 //! are others than NVML's once `CUDA_VISIBLE_DEVICES` is set.
 
 use nvml_wrapper::Nvml;
-use nvml_wrapper::enum_wrappers::device::TemperatureSensor;
+use nvml_wrapper::enum_wrappers::device::{Clock, TemperatureSensor};
 use nvml_wrapper::error::NvmlError;
 
 /// One GPU as the driver describes it.
@@ -36,6 +36,16 @@ pub struct GpuStats {
     pub temperature_c: Option<u32>,
 }
 
+/// Clock rates at one moment, in MHz.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Clocks {
+    /// Of the multiprocessors.
+    pub sm_mhz: u32,
+    /// The most that the driver allows them.
+    pub sm_max_mhz: u32,
+    pub memory_mhz: u32,
+}
+
 /// Reads one GPU's state as training goes on.
 pub struct GpuMonitor {
     nvml: Nvml,
@@ -65,6 +75,19 @@ impl GpuMonitor {
             utilization: device.utilization_rates().ok().map(|rates| rates.gpu),
             power_w: device.power_usage().ok().map(|mw| f64::from(mw) / 1000.0),
             temperature_c: device.temperature(TemperatureSensor::Gpu).ok(),
+        })
+    }
+
+    /// The clocks now. `None` if the driver does not tell.
+    pub fn clocks(&self) -> Option<Clocks> {
+        let device = self
+            .nvml
+            .device_by_pci_bus_id(self.pci_bus_id.as_str())
+            .ok()?;
+        Some(Clocks {
+            sm_mhz: device.clock_info(Clock::SM).ok()?,
+            sm_max_mhz: device.max_clock_info(Clock::SM).ok()?,
+            memory_mhz: device.clock_info(Clock::Memory).ok()?,
         })
     }
 }

@@ -1,15 +1,35 @@
-//! The two paths on the CPU.
+//! The paths on the CPU.
+
+use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 
+use super::machine::Machine;
 use super::problem::Problem;
-use super::{Measured, timing};
+use super::report::{Path, Row};
+use super::shapes::Shape;
+use super::timing::{self, Percentiles};
 use crate::Result;
-use crate::quant::ternary_matmul;
+use crate::config::Kernels;
+use crate::quant::matmul::{Kernel, TernaryMatmul, Threads};
+
+/// Calls are timed in batches of at least this many seconds, far above the cost of reading the
+/// clock.
+const BATCH: f64 = 2e-4;
+
+pub fn row(shape: &Shape, problem: &Problem, machine: &Machine, kernels: Kernels) -> Result<Row> {
+    Ok(Row {
+        shape: shape.clone(),
+        m: problem.m,
+        ternary: ternary(problem, machine, kernels)?,
+        dense: dense(problem, machine)?,
+        int8: None,
+    })
+}
 
 /// candle's f32 matrix product (the `gemm` crate) of the codes; exact while sums stay below 2^24.
-pub fn gemm(problem: &Problem) -> Result<Measured> {
-    let &Problem { m, k, n, .. } = problem;
+fn dense(problem: &Problem, machine: &Machine) -> Result<Path> {
+    let (m, n, k) = (problem.m, problem.weights.n, problem.weights.k);
     let float = |codes: &[i8]| {
         codes
             .iter()
@@ -17,38 +37,76 @@ pub fn gemm(problem: &Problem) -> Result<Measured> {
             .collect::<Vec<_>>()
     };
     let x = Tensor::from_vec(float(&problem.x), (m, k), &Device::Cpu)?;
-    let w = Tensor::from_vec(float(&problem.w), (n, k), &Device::Cpu)?.t()?;
-    let mut y = None;
-    let timing = timing::measure(
-        || {
-            y = Some(x.matmul(&w)?);
-            Ok(())
-        },
-        || Ok(()),
-    )?;
-    let y = y.expect("measuring calls at least once");
-    Ok(Measured {
-        name: "f32 GEMM",
-        timing,
+    let w = Tensor::from_vec(float(&problem.weights.codes), (n, k), &Device::Cpu)?;
+    let copies = (0..copies(size_of::<f32>() * n * k, machine))
+        .map(|_| w.copy()?.t())
+        .collect::<candle_core::Result<Vec<_>>>()?;
+    let (cold, warm) = measure(copies.len(), |copy| {
+        x.matmul(&copies[copy])?;
+        Ok(())
+    })?;
+    Ok(Path {
+        name: "f32 GEMM".into(),
+        cold,
+        warm,
         bytes: size_of::<f32>() * (m * k + n * k + m * n),
-        agreement: problem.check(&y.flatten_all()?.to_vec1::<f32>()?),
+        agreement: problem.check(&x.matmul(&w.t()?)?.flatten_all()?.to_vec1::<f32>()?),
     })
 }
 
-pub fn ternary(problem: &Problem) -> Result<Measured> {
-    let &Problem { m, k, n, .. } = problem;
-    let mut y = Vec::new();
-    let timing = timing::measure(
-        || {
-            y = ternary_matmul(&problem.x, m, &problem.packed)?;
-            Ok(())
+/// The product over packed weights as inference runs it: scaled, in f32. Its sums are checked.
+fn ternary(problem: &Problem, machine: &Machine, kernels: Kernels) -> Result<Path> {
+    let (m, n, k) = (problem.m, problem.weights.n, problem.weights.k);
+    let packed = &problem.weights.packed;
+    let matmul = TernaryMatmul {
+        kernel: match kernels {
+            Kernels::Auto => Kernel::detect(),
+            Kernels::Portable => Kernel::PORTABLE,
         },
-        || Ok(()),
-    )?;
-    Ok(Measured {
-        name: "ternary, packed 2-bit",
-        timing,
-        bytes: m * k + problem.packed.bytes() + size_of::<i32>() * m * n,
-        agreement: problem.check(&y),
+        threads: Threads::All,
+    };
+    let mut sums = vec![0; m * n];
+    matmul.exact(&mut sums, &problem.x, packed)?;
+    let copies = vec![packed.clone(); copies(packed.bytes(), machine)];
+    let mut y = vec![0f32; m * n];
+    let (cold, warm) = measure(copies.len(), |copy| {
+        let scales = &problem.weights.scales;
+        matmul.scaled(&mut y, &problem.x, &problem.scales, &copies[copy], scales)
+    })?;
+    Ok(Path {
+        name: matmul.kernel.name().into(),
+        cold,
+        warm,
+        bytes: m * k + packed.bytes() + size_of::<f32>() * m * n,
+        agreement: problem.check(&sums),
     })
+}
+
+/// Copies of weights that together are far beyond the last cache, if they are not tiny.
+pub fn copies(bytes: usize, machine: &Machine) -> usize {
+    const MOST: usize = 4096;
+    (4 * machine.cache_bytes).div_ceil(bytes).min(MOST) + 1
+}
+
+/// Times `call` cold, going round all copies of the weights, and warm, staying at one.
+fn measure(
+    copies: usize,
+    mut call: impl FnMut(usize) -> Result<()>,
+) -> Result<(Percentiles, Percentiles)> {
+    let mut copy = 0;
+    let mut timed = |copies: usize| {
+        let mut batch = |calls: usize| -> Result<f64> {
+            let start = Instant::now();
+            for _ in 0..calls {
+                copy = (copy + 1) % copies;
+                call(copy)?;
+            }
+            Ok(start.elapsed().as_secs_f64() / calls as f64)
+        };
+        // The first call pays for page faults, the second shows how long one takes.
+        batch(1)?;
+        let calls = (BATCH / batch(1)?).ceil() as usize;
+        timing::sample(|| batch(calls))
+    };
+    Ok((timed(copies)?, timed(1)?))
 }

@@ -1,61 +1,224 @@
-//! The two paths on an NVIDIA GPU.
+//! The paths on an NVIDIA GPU, each timed as a CUDA graph of many launches.
 
+use candle_core::CudaDevice;
 use candle_core::cuda_backend::WrapErr;
-use candle_core::{CudaDevice, Device, Tensor};
+use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
 use half::bf16;
+use rayon::prelude::*;
 
-use super::problem::Problem;
-use super::{Measured, timing};
+use super::Args;
+use super::cpu::copies;
+use super::machine::Machine;
+use super::problem::{Agreement, Problem};
+use super::report::{Path, Row};
+use super::shapes::Shape;
+use super::timing::{self, Percentiles};
 use crate::Result;
-use crate::cuda::kernels::{CudaPackedTernary, TernaryMatmul};
+use crate::cuda::kernels::gemm::{Float, Gemm, Layout, Operand, Output};
+use crate::cuda::kernels::{TernaryMatmul, TernaryTiles, address};
+use crate::cuda::{DevicePtr, record};
 
-/// cuBLAS through candle on the codes in bf16, which holds each of them exactly; the result is
-/// rounded to bf16.
-pub fn gemm(problem: &Problem, device: &CudaDevice) -> Result<Measured> {
-    let &Problem { m, k, n, .. } = problem;
-    let device = Device::Cuda(device.clone());
-    let float = |codes: &[i8]| -> Vec<bf16> {
-        codes
-            .iter()
-            .map(|&code| bf16::from_f32(code.into()))
-            .collect()
-    };
-    let x = Tensor::from_vec(float(&problem.x), (m, k), &device)?;
-    let w = Tensor::from_vec(float(&problem.w), (n, k), &device)?.t()?;
-    let mut y = None;
-    let timing = timing::measure(
-        || {
-            y = Some(x.matmul(&w)?);
-            Ok(())
-        },
-        || Ok(device.synchronize()?),
-    )?;
-    let y = y.expect("measuring calls at least once");
-    Ok(Measured {
-        name: "bf16 cuBLAS",
-        timing,
-        bytes: size_of::<bf16>() * (m * k + n * k + m * n),
-        agreement: problem.check(&y.flatten_all()?.to_vec1::<bf16>()?),
-    })
+/// Launches in a graph at least, so that its start weighs little.
+const LAUNCHES: usize = 32;
+
+pub struct Bench<'a> {
+    device: &'a CudaDevice,
+    machine: &'a Machine,
+    gemm: Gemm,
+    tiles: TernaryTiles,
+    kernels: TernaryMatmul,
 }
 
-/// `kernels/ternary_matmul.cu`.
-pub fn ternary(problem: &Problem, device: &CudaDevice) -> Result<Measured> {
-    let &Problem { m, k, n, .. } = problem;
-    let kernel = TernaryMatmul::load(device)?;
-    let x = device.clone_htod(&problem.x)?;
-    let w = CudaPackedTernary::upload(device, &problem.packed)?;
-    // No right answer: the check must not pass on memory that the kernel left alone.
-    let mut y = device.clone_htod(&vec![i32::MIN; m * n])?;
-    let stream = device.cuda_stream();
-    let timing = timing::measure(
-        || kernel.launch(&x.as_view(), m, &w, &mut y.as_view_mut()),
-        || Ok(stream.synchronize().w()?),
-    )?;
-    Ok(Measured {
-        name: "ternary, packed 2-bit",
-        timing,
-        bytes: m * k + problem.packed.bytes() + size_of::<i32>() * m * n,
-        agreement: problem.check(&device.clone_dtoh(&y)?),
-    })
+impl<'a> Bench<'a> {
+    pub fn new(args: &Args, device: &'a CudaDevice, machine: &'a Machine) -> Result<Self> {
+        let kernels = TernaryMatmul::load(device, args.kernels)?;
+        Ok(Self {
+            device,
+            machine,
+            gemm: Gemm::new(device.cuda_stream())?,
+            tiles: TernaryTiles::load(device)?,
+            kernels: match args.in_turn {
+                true => kernels.in_turn(),
+                false => kernels,
+            },
+        })
+    }
+
+    pub fn row(&self, shape: &Shape, problem: &Problem) -> Result<Row> {
+        Ok(Row {
+            shape: shape.clone(),
+            m: problem.m,
+            ternary: self.ternary(problem)?,
+            dense: self.bf16(problem)?,
+            int8: self.int8(problem),
+        })
+    }
+
+    /// The product over packed weights as inference runs it: scaled, in bf16. Its sums are checked
+    /// in int32, and that they are what was scaled.
+    fn ternary(&self, problem: &Problem) -> Result<Path> {
+        let (m, n, k) = (problem.m, problem.weights.n, problem.weights.k);
+        let packed = &problem.weights.packed;
+        let x = self.device.clone_htod(&problem.x)?;
+        let x_scales = self.device.clone_htod(&problem.scales)?;
+        let w = self.tiles.upload(packed, &problem.weights.scales)?;
+        let copies = (1..copies(w.bytes(), self.machine))
+            .map(|_| w.duplicate())
+            .collect::<Result<Vec<_>>>()?;
+        let weights: Vec<_> = std::iter::once(&w).chain(&copies).collect();
+        // No right answers: the checks must not pass on memory that the kernels left alone.
+        let mut sums = self.device.clone_htod(&vec![i32::MIN; m * n])?;
+        let mut y = self.device.clone_htod(&vec![bf16::NAN; m * n])?;
+        let (x, x_scales) = (x.as_view(), x_scales.as_view());
+        self.kernels.sums(&x, m, &w, &mut sums.as_view_mut())?;
+        self.kernels
+            .scaled(&x, &x_scales, m, &w, &mut y.as_view_mut())?;
+        let agreement = agreement(
+            problem,
+            &self.device.clone_dtoh(&sums)?,
+            &self.device.clone_dtoh(&y)?,
+        );
+        drop(sums);
+        let (cold, warm) = self.measure(weights.len(), |copy| {
+            let y = &mut y.as_view_mut();
+            self.kernels.scaled(&x, &x_scales, m, weights[copy], y)
+        })?;
+        Ok(Path {
+            name: self.kernels.kernel_name(m, n),
+            cold,
+            warm,
+            bytes: m * k + packed.bytes() + size_of::<bf16>() * m * n,
+            agreement,
+        })
+    }
+
+    /// cuBLASLt on the codes in bf16, which holds each of them exactly; its result is rounded.
+    fn bf16(&self, problem: &Problem) -> Result<Path> {
+        let (n, k) = (problem.weights.n, problem.weights.k);
+        let values = |codes: &[i8]| -> Vec<bf16> {
+            codes
+                .iter()
+                .map(|&code| bf16::from_f32(code.into()))
+                .collect()
+        };
+        let multiply = |sizes, x, w, y: DevicePtr<bf16>| {
+            let output = Output {
+                address: y.address(),
+                stride: n,
+                dtype: Float::Bf16,
+                add: false,
+            };
+            let (x, w) = (Operand::bf16(x, k), Operand::bf16(w, k));
+            // SAFETY: `library` gives operands of the sizes given.
+            unsafe { self.gemm.multiply(Layout::NT, sizes, x, w, output) }
+        };
+        self.library("bf16 cuBLASLt", problem, values, bf16::NAN, multiply)
+    }
+
+    /// cuBLASLt on the codes, with its sums left in int32. `None` where it does not take the shape.
+    fn int8(&self, problem: &Problem) -> Option<Path> {
+        let values = |codes: &[i8]| codes.to_vec();
+        // SAFETY: as above.
+        let multiply = |sizes, x, w, y| unsafe { self.gemm.multiply_int8(sizes, x, w, y) };
+        self.library("int8 cuBLASLt", problem, values, i32::MIN, multiply)
+            .ok()
+    }
+
+    fn library<T, Y>(
+        &self,
+        name: &str,
+        problem: &Problem,
+        values: impl Fn(&[i8]) -> Vec<T>,
+        no_answer: Y,
+        multiply: impl Fn([usize; 3], DevicePtr<T>, DevicePtr<T>, DevicePtr<Y>) -> Result<()>,
+    ) -> Result<Path>
+    where
+        T: DeviceRepr + 'static,
+        Y: DeviceRepr + Copy + Into<f64> + Sync + 'static,
+    {
+        let (m, n, k) = (problem.m, problem.weights.n, problem.weights.k);
+        let x = self.device.clone_htod(&values(&problem.x))?;
+        let w = self.device.clone_htod(&values(&problem.weights.codes))?;
+        let copies = (1..copies(size_of::<T>() * n * k, self.machine))
+            .map(|_| Ok(self.device.cuda_stream().clone_dtod(&w).w()?))
+            .collect::<Result<Vec<CudaSlice<T>>>>()?;
+        let weights: Vec<_> = std::iter::once(&w).chain(&copies).collect();
+        let y = self.device.clone_htod(&vec![no_answer; m * n])?;
+        let launch = |copy: usize| {
+            let (x, w) = (address(&x), address(weights[copy]));
+            multiply(
+                [m, n, k],
+                DevicePtr::new(x),
+                DevicePtr::new(w),
+                DevicePtr::new(address(&y)),
+            )
+        };
+        launch(0)?;
+        let agreement = problem.check(&self.device.clone_dtoh(&y)?);
+        let (cold, warm) = self.measure(weights.len(), launch)?;
+        Ok(Path {
+            name: name.into(),
+            cold,
+            warm,
+            bytes: size_of::<T>() * (m * k + n * k) + size_of::<Y>() * m * n,
+            agreement,
+        })
+    }
+
+    /// Times graphs of launches: cold, going round all copies of the weights, and warm, staying at
+    /// one.
+    fn measure(
+        &self,
+        copies: usize,
+        mut launch: impl FnMut(usize) -> Result<()>,
+    ) -> Result<(Percentiles, Percentiles)> {
+        let stream = self.device.cuda_stream();
+        let event = || {
+            stream
+                .record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
+                .w()
+        };
+        let mut timed = |copies: usize| {
+            let launches = LAUNCHES.next_multiple_of(copies);
+            let graph = record(&stream, || {
+                (0..launches).try_for_each(|i| launch(i % copies))
+            })?;
+            let replay = || {
+                let start = event()?;
+                graph.launch().w()?;
+                let seconds = f64::from(start.elapsed_ms(&event()?).w()?) / 1e3;
+                Ok(seconds / launches as f64)
+            };
+            replay()?;
+            timing::sample(replay)
+        };
+        Ok((timed(copies)?, timed(1)?))
+    }
+}
+
+/// Of the sums with the exact ones, and of the scaled result with the sums.
+fn agreement(problem: &Problem, sums: &[i32], y: &[bf16]) -> Agreement {
+    let sums_agree = problem.check(sums);
+    if !sums_agree.exact() {
+        return sums_agree;
+    }
+    let n = problem.weights.n;
+    let rows = sums.par_chunks(n).zip(y.par_chunks(n)).zip(&problem.scales);
+    let errors = rows.map(|((sums, y), s)| {
+        let columns = sums.iter().zip(y).zip(&problem.weights.scales);
+        columns.fold(0f64, |worst, ((sum, y), b)| {
+            let error = (y.to_f64() - bf16::from_f32(*sum as f32 * b * s).to_f64()).abs();
+            if error.is_nan() {
+                f64::INFINITY
+            } else {
+                worst.max(error)
+            }
+        })
+    });
+    let errors: Vec<f64> = errors.filter(|error| *error > 0.0).collect();
+    Agreement {
+        wrong_rows: errors.len(),
+        max_error: errors.into_iter().fold(0.0, f64::max),
+    }
 }

@@ -8,14 +8,23 @@ use crate::quant::PackedTernary;
 /// Wrong rows that are computed anew to say how far off they are.
 const ROWS_EXAMINED: usize = 16;
 
-/// `y = x . w^T` with random int8 `x` of shape (m, k) and random ternary `w` of shape (n, k).
-pub struct Problem {
-    pub m: usize,
-    pub k: usize,
+/// Random ternary weights of shape (n, k).
+pub struct Weights {
     pub n: usize,
-    pub x: Vec<i8>,
-    pub w: Vec<i8>,
+    pub k: usize,
+    pub codes: Vec<i8>,
     pub packed: PackedTernary,
+    /// A factor for each output column.
+    pub scales: Vec<f32>,
+}
+
+/// `y = x . w^T` with random int8 `x` of shape (m, k).
+pub struct Problem<'a> {
+    pub m: usize,
+    pub x: Vec<i8>,
+    /// A scale for each row of x: a divisor on a CPU, a factor on a GPU.
+    pub scales: Vec<f32>,
+    pub weights: &'a Weights,
 }
 
 /// How a result compares with the exact product.
@@ -32,26 +41,31 @@ impl Agreement {
     }
 }
 
-impl Problem {
+impl Weights {
     /// The same numbers each time for the same shape.
-    pub fn random(m: usize, k: usize, n: usize) -> Result<Self> {
+    pub fn random(n: usize, k: usize) -> Result<Self> {
         let mut random = SplitMix64(0);
-        let x: Vec<i8> = (0..m * k).map(|_| random.next() as i8).collect();
-        let w: Vec<i8> = (0..n * k).map(|_| (random.below(3) as i8) - 1).collect();
-        let packed = PackedTernary::pack(&w, n, k)?;
+        let codes: Vec<i8> = (0..n * k).map(|_| (random.below(3) as i8) - 1).collect();
         Ok(Self {
-            m,
-            k,
             n,
-            x,
-            w,
-            packed,
+            k,
+            packed: PackedTernary::pack(&codes, n, k)?,
+            codes,
+            scales: (0..n).map(|_| 0.01 + random.unit()).collect(),
         })
     }
+}
 
-    /// Floating-point (or integer) operations of the product: a multiplication and an addition each.
-    pub fn operations(&self) -> f64 {
-        2.0 * self.m as f64 * self.n as f64 * self.k as f64
+impl<'a> Problem<'a> {
+    /// The same numbers each time for the same shape.
+    pub fn random(m: usize, weights: &'a Weights) -> Self {
+        let mut random = SplitMix64(1);
+        Self {
+            m,
+            x: (0..m * weights.k).map(|_| random.next() as i8).collect(),
+            scales: (0..m).map(|_| 10.0 + random.unit()).collect(),
+            weights,
+        }
     }
 
     /// Compares a result `y` of shape (m, n) with the exact product, all rows of it.
@@ -60,18 +74,21 @@ impl Problem {
     /// costs O(n^2) rather than O(n^3). In integers modulo 2^64 it never refuses a right row and
     /// lets a wrong one pass with a chance below 2^-31 (the error of an entry is below 2^33).
     pub fn check<T: Copy + Into<f64> + Sync>(&self, y: &[T]) -> Agreement {
-        let mut random = SplitMix64(1);
-        let r: Vec<i64> = (0..self.n).map(|_| random.next() as i64).collect();
-        let mut wr = vec![0i64; self.k];
-        for (w, &r) in self.w.chunks_exact(self.k).zip(&r) {
+        let &Weights {
+            n, k, ref codes, ..
+        } = self.weights;
+        let mut random = SplitMix64(2);
+        let r: Vec<i64> = (0..n).map(|_| random.next() as i64).collect();
+        let mut wr = vec![0i64; k];
+        for (w, &r) in codes.chunks_exact(k).zip(&r) {
             for (wr, &w) in wr.iter_mut().zip(w) {
                 *wr = wr.wrapping_add(r.wrapping_mul(w.into()));
             }
         }
         let wrong: Vec<(&[i8], &[T])> = self
             .x
-            .par_chunks_exact(self.k)
-            .zip(y.par_chunks_exact(self.n))
+            .par_chunks_exact(k)
+            .zip(y.par_chunks_exact(n))
             .filter(|(x, y)| {
                 let expected = inner(x.iter().map(|&x| x.into()), &wr);
                 let integers = y.iter().all(|&y| y.into().fract() == 0.0);
@@ -91,7 +108,7 @@ impl Problem {
 
     /// Largest absolute error in one row of the result, by the definition of the product in i64.
     fn row_error<T: Copy + Into<f64>>(&self, x: &[i8], y: &[T]) -> f64 {
-        let rows = self.w.chunks_exact(self.k);
+        let rows = self.weights.codes.chunks_exact(self.weights.k);
         rows.zip(y).fold(0.0, |worst, (w, &y)| {
             let exact: i64 = x
                 .iter()
@@ -130,6 +147,11 @@ impl SplitMix64 {
     fn below(&mut self, bound: u64) -> u64 {
         ((self.next() >> 32) * bound) >> 32
     }
+
+    /// Uniform in [0, 1).
+    fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 24) as f32
+    }
 }
 
 #[cfg(test)]
@@ -138,9 +160,10 @@ mod tests {
 
     /// The product by its definition.
     fn product(problem: &Problem) -> Vec<i32> {
-        let rows = problem.x.chunks_exact(problem.k);
+        let Weights { k, codes, .. } = problem.weights;
+        let rows = problem.x.chunks_exact(*k);
         rows.flat_map(|x| {
-            let columns = problem.w.chunks_exact(problem.k);
+            let columns = codes.chunks_exact(*k);
             columns.map(|w| {
                 x.iter()
                     .zip(w)
@@ -153,21 +176,24 @@ mod tests {
 
     #[test]
     fn operands_take_every_value() {
-        let problem = Problem::random(50, 60, 70).unwrap();
+        let weights = Weights::random(70, 60).unwrap();
+        let problem = Problem::random(50, &weights);
         for code in -1..=1 {
-            let share = problem.w.iter().filter(|&&w| w == code).count() as f64 / (60.0 * 70.0);
+            let count = weights.codes.iter().filter(|&&w| w == code).count();
+            let share = count as f64 / (60.0 * 70.0);
             assert!(
                 (share - 1.0 / 3.0).abs() < 0.05,
                 "code {code} makes up {share}"
             );
         }
         assert!((-128..=127).all(|code| problem.x.contains(&code)));
-        assert_eq!(problem.packed.unpack(), problem.w);
+        assert_eq!(weights.packed.unpack(), weights.codes);
     }
 
     #[test]
     fn the_exact_product_agrees() {
-        let problem = Problem::random(5, 33, 7).unwrap();
+        let weights = Weights::random(7, 33).unwrap();
+        let problem = Problem::random(5, &weights);
         let y = product(&problem);
         let exact = Agreement {
             wrong_rows: 0,
@@ -180,7 +206,8 @@ mod tests {
 
     #[test]
     fn one_wrong_value_anywhere_is_found_and_measured() {
-        let problem = Problem::random(4, 20, 6).unwrap();
+        let weights = Weights::random(6, 20).unwrap();
+        let problem = Problem::random(4, &weights);
         let y = product(&problem);
         for at in 0..y.len() {
             for error in [1, -3, 1 << 30] {
@@ -198,7 +225,8 @@ mod tests {
 
     #[test]
     fn rounded_and_undefined_values_are_wrong() {
-        let problem = Problem::random(3, 9, 4).unwrap();
+        let weights = Weights::random(4, 9).unwrap();
+        let problem = Problem::random(3, &weights);
         let mut y: Vec<f32> = product(&problem).iter().map(|&y| y as f32).collect();
         y[0] += 0.25;
         y[11] = f32::NAN;

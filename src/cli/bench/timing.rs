@@ -1,53 +1,38 @@
-//! Wall-clock timing of one operation.
+//! Timing of one operation, as percentiles over batches of calls.
 
 use std::time::{Duration, Instant};
 
 use crate::Result;
 
 /// Measuring stops after this long, once there are enough samples ...
-const BUDGET: Duration = Duration::from_secs(2);
-const MIN_SAMPLES: usize = 3;
+const BUDGET: Duration = Duration::from_millis(400);
+const MIN_SAMPLES: usize = 5;
 /// ... or after this many samples.
 const MAX_SAMPLES: usize = 101;
-/// Calls are timed in batches of at least this long: far above the cost of reading the clock and,
-/// on a GPU, of one synchronisation.
-const BATCH: Duration = Duration::from_millis(5);
-const MAX_CALLS_PER_BATCH: f64 = 1000.0;
 
-pub struct Timing {
-    /// Seconds a call: the median over all batches.
-    pub median: f64,
-    /// Calls timed.
-    pub calls: usize,
+/// Seconds a call.
+#[derive(Clone, Copy, Debug)]
+pub struct Percentiles {
+    pub p20: f64,
+    pub p50: f64,
+    pub p80: f64,
+    /// Batches they are taken over; the calls of a batch are timed together.
+    pub samples: usize,
 }
 
-/// Times `call`, after warming it up. `finish` waits for whatever calls have left running.
-pub fn measure(
-    mut call: impl FnMut() -> Result<()>,
-    finish: impl Fn() -> Result<()>,
-) -> Result<Timing> {
-    let mut batch = |calls: usize| -> Result<f64> {
-        let start = Instant::now();
-        for _ in 0..calls {
-            call()?;
-        }
-        finish()?;
-        Ok(start.elapsed().as_secs_f64() / calls as f64)
-    };
-    // The first call pays for loading and page faults, the second shows how long one takes.
-    batch(1)?;
-    let once = batch(1)?;
-    let calls = (BATCH.as_secs_f64() / once).clamp(1.0, MAX_CALLS_PER_BATCH) as usize;
-    batch(calls)?;
-
+/// Repeats `batch`, which returns its seconds a call. It must have been warmed up.
+pub fn sample(mut batch: impl FnMut() -> Result<f64>) -> Result<Percentiles> {
     let start = Instant::now();
-    let mut samples = Vec::new();
-    while samples.len() < MIN_SAMPLES || (samples.len() < MAX_SAMPLES && start.elapsed() < BUDGET) {
-        samples.push(batch(calls)?);
+    let mut seconds = Vec::new();
+    while seconds.len() < MIN_SAMPLES || (seconds.len() < MAX_SAMPLES && start.elapsed() < BUDGET) {
+        seconds.push(batch()?);
     }
-    samples.sort_by(f64::total_cmp);
-    Ok(Timing {
-        median: samples[samples.len() / 2],
-        calls: calls * samples.len(),
+    seconds.sort_by(f64::total_cmp);
+    let percentile = |p: usize| seconds[(seconds.len() - 1) * p / 100];
+    Ok(Percentiles {
+        p20: percentile(20),
+        p50: percentile(50),
+        p80: percentile(80),
+        samples: seconds.len(),
     })
 }

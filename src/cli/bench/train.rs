@@ -75,7 +75,7 @@ pub struct Args {
 }
 
 /// A value as the configuration writes it.
-fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T> {
+pub fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T> {
     serde_yaml::from_str(text).map_err(Error::usage)
 }
 
