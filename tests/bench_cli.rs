@@ -110,6 +110,11 @@ fn reports_and_plots_go_to_files() {
         &["--m", "1", "--k", "64", "--n", "32", "--plot", &nowhere],
         "there is no directory",
     );
+    let directory = dir.path().display().to_string();
+    refused(
+        &["--m", "1", "--k", "64", "--n", "32", "--output", &directory],
+        "that is a directory",
+    );
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Inference over packed weights against the model that it was packed from.
 
 use candle_core::{DType, Device, Tensor};
+use titanbit::model::ops::bit_linear;
 use titanbit::model::{BitNetConfig, BitNetTransformer, PackedTransformer};
 use titanbit::quant::{Backend, PackedTernary};
 
@@ -40,6 +41,42 @@ fn error(a: &Tensor, b: &Tensor) -> f64 {
             .sqrt()
     };
     f64::from(norm(&(a - b).unwrap()) / norm(b))
+}
+
+/// Before a next layer rounds what comes out, nothing but the last bits may differ.
+#[test]
+fn a_packed_layer_is_the_layer_it_was_packed_from() {
+    for device in devices() {
+        let random = |shape: (usize, usize)| Tensor::randn(0f32, 1.0, shape, &device).unwrap();
+        let (gate, up) = (random((48, 272)), random((80, 272)));
+        let packed = Backend::new(&device).unwrap();
+        let packed = packed.quantize(&[&gate, &up]).unwrap();
+        for tokens in [1, 7, 40, 130] {
+            let x = random((tokens, 272));
+            let error = error(
+                &packed.forward(&x).unwrap(),
+                &bit_linear(&x, &[&gate, &up]).unwrap(),
+            );
+            println!("{device:?} {tokens} tokens: {error:.1e}");
+            assert!(error < 1e-6, "{device:?} {tokens} tokens: {error:e}");
+        }
+        let error = packed.forward(&gate.narrow(1, 1, 3).unwrap()).unwrap_err();
+        assert!(error.to_string().contains("do not end in 272 features"));
+    }
+}
+
+#[test]
+fn activations_with_gaps_are_refused_by_the_bare_operation() {
+    for device in devices() {
+        let packed = PackedTernary::pack(&[1; 6], 2, 3).unwrap();
+        let linear = Backend::new(&device).unwrap();
+        let linear = linear.load(packed, vec![1.0; 2]).unwrap();
+        let x = Tensor::arange(0f32, 12.0, &device).unwrap();
+        let x = x.reshape((3, 4)).unwrap().t().unwrap();
+        linear.forward(&x).unwrap();
+        let error = x.apply_op1_no_bwd(&linear).unwrap_err().to_string();
+        assert!(error.contains("not contiguous"), "{error}");
+    }
 }
 
 #[test]

@@ -13,7 +13,6 @@ mod shapes;
 mod timing;
 mod train;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
@@ -21,7 +20,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::console;
 use crate::config::Kernels;
-use crate::error::IoContext;
+use crate::data::bin_writer::{directory_of, replace_file};
 use crate::quant::matmul::MAX_K;
 use crate::{Error, Result, device};
 use machine::Machine;
@@ -90,7 +89,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     check_sizes(&shapes, &tokens)?;
     for path in [&args.output, &args.plot].into_iter().flatten() {
-        check_directory(path)?;
+        check_place(path)?;
     }
     let largest = tokens.iter().copied().max().unwrap_or(1);
     for shape in &shapes {
@@ -105,7 +104,7 @@ pub fn run(args: Args) -> Result<()> {
         false => report.table(),
     };
     match &args.output {
-        Some(path) => write_file(path, &(text + "\n"))?,
+        Some(path) => replace_file(path, (text + "\n").as_bytes())?,
         None => console::answer(text)?,
     }
     if let Some(path) = &args.plot {
@@ -133,6 +132,9 @@ fn shapes(args: &Args) -> Result<Vec<Shape>> {
     }
 }
 
+/// Times a product on the device at hand.
+type TimeRow<'a> = Box<dyn Fn(&Shape, &Problem) -> Result<Row> + 'a>;
+
 fn measure(
     args: &Args,
     shapes: &[Shape],
@@ -144,10 +146,13 @@ fn measure(
         ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}").expect("a valid template");
     let bar =
         console::show(ProgressBar::new((shapes.len() * tokens.len()) as u64).with_style(style));
-    #[cfg(feature = "cuda")]
-    let gpu = match device {
-        Device::Cuda(device) => Some(cuda::Bench::new(args, device, machine)?),
-        _ => None,
+    let row: TimeRow = match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            let bench = cuda::Bench::new(args, device, machine)?;
+            Box::new(move |shape, problem| bench.row(shape, problem))
+        }
+        _ => Box::new(|shape, problem| cpu::row(shape, problem, machine, args.kernels)),
     };
     let mut rows = Vec::new();
     for shape in shapes {
@@ -155,11 +160,7 @@ fn measure(
         for &m in tokens {
             bar.set_message(format!("{m} x {} x {}", shape.n, shape.k));
             let problem = Problem::random(m, &weights);
-            rows.push(match device {
-                #[cfg(feature = "cuda")]
-                Device::Cuda(_) => gpu.as_ref().expect("made above").row(shape, &problem)?,
-                _ => cpu::row(shape, &problem, machine, args.kernels)?,
-            });
+            rows.push(row(shape, &problem)?);
             bar.inc(1);
         }
     }
@@ -193,7 +194,7 @@ fn check_memory(largest_m: usize, shape: &Shape, device: &Device) -> Result<()> 
     let cold = 6.0 * device::last_cache_bytes(device) as f64;
     // Codes and packed weights stay; a path adds 4 bytes for each operand value, as much again for
     // weights beyond the cache, and two or three int32 or float results.
-    let host = 5.0 * m * k + 9.0 * n * k + 12.0 * m * n + cold;
+    let host = 5.0 * m * k + 10.0 * n * k + 12.0 * m * n + cold;
     let available = device::host_memory("MemAvailable");
     fits(
         m,
@@ -227,26 +228,18 @@ fn fits(m: f64, shape: &Shape, memory: &str, needed: f64, available: Option<f64>
     )))
 }
 
-/// Refuses a file in a directory that is not there before anything is measured.
-fn check_directory(path: &Path) -> Result<()> {
-    let directory = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty());
-    match directory {
-        Some(directory) if !directory.is_dir() => Err(Error::usage(format!(
-            "cannot write {}: there is no directory {}",
-            path.display(),
-            directory.display()
-        ))),
-        _ => Ok(()),
-    }
-}
-
-/// Writes a file whole: what was there stays until all of it is on disk.
-fn write_file(path: &Path, text: &str) -> Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".partial");
-    let temporary = PathBuf::from(temporary);
-    fs::write(&temporary, text).at("write", &temporary)?;
-    fs::rename(&temporary, path).at("write", path)
+/// Refuses, before anything is measured, a file that cannot be.
+fn check_place(path: &Path) -> Result<()> {
+    let directory = directory_of(path);
+    let problem = if path.is_dir() {
+        "that is a directory".to_owned()
+    } else if !directory.is_dir() {
+        format!("there is no directory {}", directory.display())
+    } else {
+        return Ok(());
+    };
+    Err(Error::usage(format!(
+        "cannot write {}: {problem}",
+        path.display()
+    )))
 }

@@ -180,7 +180,7 @@ pub(crate) fn sync_dir(_path: &Path) -> Result<()> {
 }
 
 /// The directory that `path` lies in.
-pub(super) fn directory_of(path: &Path) -> &Path {
+pub(crate) fn directory_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

@@ -97,8 +97,11 @@ impl PackedBitLinear {
     }
 }
 
-/// Tokens of x (..., k), and the shape (..., n) of the result.
+/// Tokens of x (..., k), which must have no gaps, and the shape (..., n) of the result.
 pub(crate) fn output_shape(x: &Layout, k: usize, n: usize) -> candle_core::Result<(usize, Shape)> {
+    if !x.is_contiguous() {
+        candle_core::bail!("activations of shape {:?} are not contiguous", x.dims());
+    }
     let mut dims = x.dims().to_vec();
     match dims.last_mut() {
         Some(last) if *last == k => *last = n,
@@ -123,9 +126,8 @@ impl CustomOp1 for PackedBitLinear {
                 candle_core::bail!("the weights are on a GPU, the activations are not")
             }
         };
-        let (start, end) = layout.contiguous_offsets().expect("made contiguous");
-        let x = &x.as_slice::<f32>()?[start..end];
         let (tokens, shape) = output_shape(layout, packed.cols(), packed.rows())?;
+        let x = &x.as_slice::<f32>()?[layout.start_offset()..][..tokens * packed.cols()];
         let (codes, token_scales) = quantize_tokens(x, packed.cols());
         let mut y = vec![0f32; tokens * packed.rows()];
         TernaryMatmul::new(Threads::All)

@@ -180,6 +180,8 @@ fn ternary_products_that_cannot_be_are_refused() {
         let error = upload(2, k, scales).err().unwrap().to_string();
         assert!(error.contains(message), "{error}");
     }
+    let many = upload(65535 * 16 + 1, 32, 1).err().unwrap().to_string();
+    assert!(many.contains("1 to 1048560 rows"), "{many}");
     let w = upload(2, 64, 2).unwrap();
     for (m, x_len, y_len, message) in [
         (2, 127, 4, "64 columns"),

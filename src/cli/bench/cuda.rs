@@ -5,12 +5,11 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
 use half::bf16;
-use rayon::prelude::*;
 
 use super::Args;
 use super::cpu::copies;
 use super::machine::Machine;
-use super::problem::{Agreement, Problem};
+use super::problem::Problem;
 use super::report::{Path, Row};
 use super::shapes::Shape;
 use super::timing::{self, Percentiles};
@@ -74,10 +73,10 @@ impl<'a> Bench<'a> {
         self.kernels.sums(&x, m, &w, &mut sums.as_view_mut())?;
         self.kernels
             .scaled(&x, &x_scales, m, &w, &mut y.as_view_mut())?;
-        let agreement = agreement(
-            problem,
+        let agreement = problem.check_scaled(
             &self.device.clone_dtoh(&sums)?,
             &self.device.clone_dtoh(&y)?,
+            |sum, b, s| bf16::from_f32(sum as f32 * b * s),
         );
         drop(sums);
         let (cold, warm) = self.measure(weights.len(), |copy| {
@@ -194,31 +193,5 @@ impl<'a> Bench<'a> {
             timing::sample(replay)
         };
         Ok((timed(copies)?, timed(1)?))
-    }
-}
-
-/// Of the sums with the exact ones, and of the scaled result with the sums.
-fn agreement(problem: &Problem, sums: &[i32], y: &[bf16]) -> Agreement {
-    let sums_agree = problem.check(sums);
-    if !sums_agree.exact() {
-        return sums_agree;
-    }
-    let n = problem.weights.n;
-    let rows = sums.par_chunks(n).zip(y.par_chunks(n)).zip(&problem.scales);
-    let errors = rows.map(|((sums, y), s)| {
-        let columns = sums.iter().zip(y).zip(&problem.weights.scales);
-        columns.fold(0f64, |worst, ((sum, y), b)| {
-            let error = (y.to_f64() - bf16::from_f32(*sum as f32 * b * s).to_f64()).abs();
-            if error.is_nan() {
-                f64::INFINITY
-            } else {
-                worst.max(error)
-            }
-        })
-    });
-    let errors: Vec<f64> = errors.filter(|error| *error > 0.0).collect();
-    Agreement {
-        wrong_rows: errors.len(),
-        max_error: errors.into_iter().fold(0.0, f64::max),
     }
 }

@@ -6,6 +6,7 @@ use plotters::coord::combinators::IntoLogRange;
 use plotters::prelude::*;
 
 use super::report::{Report, Row};
+use crate::data::bin_writer::replace_file;
 use crate::{Error, Result};
 
 const SIZE: (u32, u32) = (1280, 560);
@@ -36,7 +37,7 @@ struct Series<'a> {
 pub fn write(report: &Report, path: &Path) -> Result<()> {
     let mut text = String::new();
     draw(report, &mut text).map_err(|error| Error::format(path, error))?;
-    super::write_file(path, &text)
+    replace_file(path, text.as_bytes())
 }
 
 fn draw(report: &Report, text: &mut String) -> std::result::Result<(), String> {

@@ -106,24 +106,47 @@ impl<'a> Problem<'a> {
         }
     }
 
+    /// Compares sums (m, n) with the exact product, and `y` (m, n) with what `scaled` makes of each sum
+    /// and the scales of its weight row and token.
+    pub fn check_scaled<T: Copy + Into<f64> + Sync>(
+        &self,
+        sums: &[i32],
+        y: &[T],
+        scaled: impl Fn(i32, f32, f32) -> T + Sync,
+    ) -> Agreement {
+        let of_sums = self.check(sums);
+        if !of_sums.exact() {
+            return of_sums;
+        }
+        let n = self.weights.n;
+        let rows = sums.par_chunks(n).zip(y.par_chunks(n)).zip(&self.scales);
+        let errors = rows.map(|((sums, y), &s)| {
+            let columns = sums.iter().zip(y).zip(&self.weights.scales);
+            largest(columns.map(|((&sum, &y), &b)| y.into() - scaled(sum, b, s).into()))
+        });
+        let errors: Vec<f64> = errors.filter(|error| *error > 0.0).collect();
+        Agreement {
+            wrong_rows: errors.len(),
+            max_error: errors.into_iter().fold(0.0, f64::max),
+        }
+    }
+
     /// Largest absolute error in one row of the result, by the definition of the product in i64.
     fn row_error<T: Copy + Into<f64>>(&self, x: &[i8], y: &[T]) -> f64 {
         let rows = self.weights.codes.chunks_exact(self.weights.k);
-        rows.zip(y).fold(0.0, |worst, (w, &y)| {
-            let exact: i64 = x
-                .iter()
-                .zip(w)
-                .map(|(&x, &w)| i64::from(x) * i64::from(w))
-                .sum();
-            let error = (y.into() - exact as f64).abs();
-            // A NaN is as wrong as can be; f64::max would drop it.
-            if error.is_nan() {
-                f64::INFINITY
-            } else {
-                worst.max(error)
-            }
-        })
+        largest(rows.zip(y).map(|(w, &y)| {
+            let products = x.iter().zip(w).map(|(&x, &w)| i64::from(x) * i64::from(w));
+            y.into() - products.sum::<i64>() as f64
+        }))
     }
+}
+
+/// Of absolute values. A NaN is as wrong as can be; f64::max would drop it.
+fn largest(errors: impl Iterator<Item = f64>) -> f64 {
+    errors.fold(0.0, |worst, error| match error.is_nan() {
+        true => f64::INFINITY,
+        false => worst.max(error.abs()),
+    })
 }
 
 /// Inner product modulo 2^64.
@@ -235,5 +258,23 @@ mod tests {
             max_error: f64::INFINITY,
         };
         assert_eq!(problem.check(&y), expected);
+    }
+
+    #[test]
+    fn a_wrong_scale_is_found() {
+        let weights = Weights::random(6, 20).unwrap();
+        let problem = Problem::random(4, &weights);
+        let sums = product(&problem);
+        let scaled = |sum: i32, b: f32, s: f32| sum as f32 * b / s;
+        let mut y: Vec<f32> = (0..sums.len())
+            .map(|i| scaled(sums[i], weights.scales[i % 6], problem.scales[i / 6]))
+            .collect();
+        assert!(problem.check_scaled(&sums, &y, scaled).exact());
+        y[7] += 0.5;
+        let agreement = problem.check_scaled(&sums, &y, scaled);
+        assert_eq!(agreement.wrong_rows, 1);
+        assert!((agreement.max_error - 0.5).abs() < 1e-5, "{agreement:?}");
+        let wrong_sums = vec![0; sums.len()];
+        assert!(!problem.check_scaled(&wrong_sums, &y, scaled).exact());
     }
 }

@@ -14,6 +14,9 @@ pub const K_STEP: usize = 32;
 /// Largest K: the kernels' sums are 64 times the product, and stay within int32.
 pub const MAX_K: usize = (1 << 18) - K_STEP;
 
+/// Most rows: a CUDA grid counts 65535 rows of tiles.
+pub const MAX_N: usize = 65535 * TILE_ROWS;
+
 /// Rows, columns and bytes of a tile; tiles of a block.
 const TILE_ROWS: usize = 16;
 const TILE_COLUMNS: usize = 128;
@@ -93,7 +96,7 @@ impl TernaryTiles {
     /// Packed weights of the host, (N, K), with a scale for each row.
     ///
     /// # Errors
-    /// `Usage` if K is no multiple of 32 or above [`MAX_K`], if N * K is beyond 2^38, or if there is
+    /// `Usage` if K is no multiple of 32 or above [`MAX_K`], if N is above [`MAX_N`], or if there is
     /// not one scale a row; `Tensor` if memory runs out.
     pub fn upload(&self, packed: &PackedTernary, scales: &[f32]) -> Result<CudaPackedTernary> {
         let words = self.device.clone_htod(packed.words())?;
@@ -116,7 +119,7 @@ impl TernaryTiles {
         [rows, cols]: [usize; 2],
         scales: &[f32],
     ) -> Result<CudaPackedTernary> {
-        if codes.len() != rows * cols {
+        if rows.checked_mul(cols) != Some(codes.len()) {
             return Err(Error::usage(format!(
                 "{} codes are no weights of {rows} x {cols}",
                 codes.len()
@@ -211,10 +214,10 @@ pub fn check_shape(n: usize, k: usize) -> Result<()> {
              most {MAX_K} is exact"
         )));
     }
-    if n > 1 << 30 || tiles(n, k) > 1 << 27 {
+    if n == 0 || k == 0 || n > MAX_N {
         return Err(Error::usage(format!(
-            "weights of {n} x {k} are more than the GPU's ternary kernels count: at most 2^30 rows \
-             and 2^38 weights"
+            "the GPU's ternary kernels cannot take weights of {n} x {k}: 1 to {MAX_N} rows, and at \
+             least a column"
         )));
     }
     Ok(())
