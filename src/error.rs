@@ -44,6 +44,22 @@ impl Error {
         }
     }
 
+    /// Of reading or writing a safetensors file.
+    pub fn from_safetensors(
+        action: &'static str,
+        path: &Path,
+        error: safetensors::SafeTensorError,
+    ) -> Self {
+        match error {
+            safetensors::SafeTensorError::IoError(source) => Self::Io {
+                action,
+                path: path.to_path_buf(),
+                source,
+            },
+            other => Self::format(path, other),
+        }
+    }
+
     /// Exit code of the binary: 2 for usage, 1 for failures at run time.
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -69,4 +85,23 @@ impl<T> IoContext<T> for std::io::Result<T> {
             source,
         })
     }
+}
+
+/// serde's message with what a user may write in place of Rust's types.
+pub(crate) fn in_words(error: &impl fmt::Display) -> String {
+    let message = error.to_string();
+    let Some((what, expected)) = message.rsplit_once("expected ") else {
+        return message;
+    };
+    let expected = match expected {
+        "u32" | "u64" | "usize" => "a whole number, 0 or more",
+        "f64" => "a number",
+        "a boolean" => "true or false",
+        "a sequence" => "a list",
+        "a Value::Tagged enum" => "a word",
+        other => other,
+    };
+    // YAML reads an empty value as none at all.
+    let what = what.replace("unit value", "no value (\"\" is an empty text)");
+    format!("{what}expected {expected}")
 }

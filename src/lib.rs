@@ -7,7 +7,10 @@
 //! - [`data`]: text to token files, token files to batches
 //! - [`device`]: which device a command runs on
 //! - [`error`]: the one error type
+//! - [`eval`]: how good a model is: perplexity, multiple-choice tasks
+//! - [`export`]: the formats that other programs run
 //! - [`hardware`]: peak rates of GPUs, for MFU
+//! - [`inference`]: running a model over packed weights, with a cache of keys and values
 //! - [`model`]: the network; start at [`model::BitNetTransformer`]
 //! - [`quant`]: ternary and int8 codes, packing, the exact product over them
 //! - [`train`]: the trainer and all that a run needs
@@ -21,11 +24,17 @@ pub mod cuda;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod eval;
+pub mod export;
+mod files;
 pub mod hardware;
+pub mod inference;
 pub mod model;
 pub mod quant;
+mod random;
 mod simd;
 pub mod train;
+mod values;
 
 pub use error::{Error, Result};
 

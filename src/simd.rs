@@ -63,7 +63,12 @@ fn sum_lanes(x: &[f32], y: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
             lanes[lane] += term(x[lane], y[lane]);
         }
     }
-    lanes.iter().sum::<f32>() + tail
+    // By fours: a chain of sums would take longer than the sums of a short slice. Other orders keep
+    // LLVM from using whole vectors in the loop.
+    let fours = lanes.as_chunks::<4>().0;
+    let [a, b, c, d] =
+        [0, 1, 2, 3].map(|i| (fours[i][0] + fours[i][1]) + (fours[i][2] + fours[i][3]));
+    (a + b) + (c + d) + tail
 }
 
 #[inline(always)]

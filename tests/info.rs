@@ -8,13 +8,11 @@ use std::process::Output;
 
 use assert_cmd::Command;
 use candle_core::{Device, Tensor};
-use common::assert_refused;
+use common::{assert_refused, save_checkpoint};
 use serde_json::Value;
 use tempfile::TempDir;
 use titanbit::config::Config;
 use titanbit::model::BitNetConfig;
-use titanbit::train::Learner;
-use titanbit::train::checkpoint::{CheckpointDir, Progress};
 
 fn info(args: &[&str]) -> Output {
     let mut command = Command::cargo_bin("titanbit").unwrap();
@@ -333,8 +331,7 @@ fn checkpoint(run_dir: &Path) -> PathBuf {
         ..Config::default()
     };
     config.train.seq_len = 64;
-    let learner = Learner::new(&config, &Device::Cpu).unwrap();
-    for parameter in learner.model().parameters().iter() {
+    save_checkpoint(run_dir, &config, |parameter| {
         if parameter.name.contains("_proj") {
             let shape = parameter.var.shape();
             let pattern = match parameter.name.contains("layers.0.") {
@@ -345,19 +342,7 @@ fn checkpoint(run_dir: &Path) -> PathBuf {
             let weight = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
             parameter.var.set(&weight).unwrap();
         }
-    }
-    let progress = Progress {
-        step: 7,
-        tokens: 123_456,
-        position: 9,
-        loss: Some(2.5),
-        val_loss: Some(3.0),
-        best_val_loss: Some(2.75),
-        stability: Default::default(),
-    };
-    CheckpointDir::new(run_dir)
-        .save(progress, &config, &learner)
-        .unwrap()
+    })
 }
 
 #[test]

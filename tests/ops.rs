@@ -282,7 +282,7 @@ fn attention_gradients() {
             let gradient = attention.backward(x[0], &out, dy, &log_sum_exp);
             (out, vec![gradient])
         };
-        let op: Op = &|x| ops::attention(x[0], heads, &rope);
+        let op: Op = &|x| ops::attention(x[0], heads, &rope, None);
         assert_same(&format!("attention seq {seq}"), explicit, op, &inputs);
         assert_finite_differences("attention", op, &inputs);
     }
@@ -318,7 +318,7 @@ fn attention_by_hand() {
     let scores = [1f64.cos(), 1.0].map(|s| (s / 2f64.sqrt()).exp());
     let share = scores[0] / (scores[0] + scores[1]);
     let expected = [5.0, 7.0, 1.0 + 4.0 * share, 3.0 + 4.0 * share];
-    let out = values(&ops::attention(&qkv, heads, &rope).unwrap());
+    let out = values(&ops::attention(&qkv, heads, &rope, None).unwrap());
     for (got, want) in out.into_iter().zip(expected) {
         assert!((got - want).abs() < 1e-5, "{got} against {want}");
     }

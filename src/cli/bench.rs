@@ -1,9 +1,10 @@
-//! `titanbit bench`: the product over packed 2-bit weights beside dense ones, and with `train`
-//! whole training steps.
+//! `titanbit bench`: the product over packed 2-bit weights beside dense ones, with `train` whole
+//! training steps, and with `decode` text generation.
 
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod decode;
 mod machine;
 mod plot;
 mod problem;
@@ -20,7 +21,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::console;
 use crate::config::Kernels;
-use crate::data::bin_writer::{directory_of, replace_file};
+use crate::files::{directory_of, replace_file};
 use crate::quant::matmul::MAX_K;
 use crate::{Error, Result, device};
 use machine::Machine;
@@ -75,11 +76,14 @@ pub struct Args {
 #[derive(clap::Subcommand)]
 enum Command {
     Train(train::Args),
+    Decode(decode::Args),
 }
 
 pub fn run(args: Args) -> Result<()> {
-    if let Some(Command::Train(args)) = &args.command {
-        return train::run(args);
+    match &args.command {
+        Some(Command::Train(args)) => return train::run(args),
+        Some(Command::Decode(args)) => return decode::run(args),
+        None => {}
     }
     let shapes = shapes(&args)?;
     let device = device::select(&args.device)?;

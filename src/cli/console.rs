@@ -43,6 +43,12 @@ pub fn line(text: &str) {
     bars().suspend(|| _ = writeln!(io::stdout(), "{text}"));
 }
 
+/// Without the control characters that a model may write, and a terminal would obey.
+pub fn printable(text: &str) -> String {
+    let harmless = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
+    text.chars().filter(|c| harmless(*c)).collect()
+}
+
 /// Sends `tracing` events to standard error; `RUST_LOG` chooses, by default `info` and above.
 pub fn init_tracing() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));

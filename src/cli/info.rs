@@ -80,7 +80,7 @@ fn print<R: Serialize + Display>(json: bool, report: &R) -> Result<()> {
     }
 }
 
-fn token_dtype(name: &str) -> Result<TokenDtype> {
+pub(super) fn token_dtype(name: &str) -> Result<TokenDtype> {
     match name {
         "u16" => Ok(TokenDtype::U16),
         "u32" => Ok(TokenDtype::U32),

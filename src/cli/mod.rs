@@ -2,7 +2,10 @@
 
 mod bench;
 mod console;
+mod eval;
+mod export;
 mod format;
+mod generate;
 mod info;
 mod tokenize;
 mod train;
@@ -24,6 +27,9 @@ struct Cli {
 enum Command {
     Train(train::Args),
     Tokenize(tokenize::Args),
+    Generate(generate::Args),
+    Eval(eval::Args),
+    Export(export::Args),
     Info(info::Args),
     Bench(bench::Args),
 }
@@ -39,6 +45,9 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Train(args) => train::run(args),
         Command::Tokenize(args) => tokenize::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Export(args) => export::run(args),
         Command::Info(args) => info::run(args),
         Command::Bench(args) => bench::run(args),
     };

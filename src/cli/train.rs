@@ -232,17 +232,11 @@ impl Observer for Console {
     }
 }
 
-/// A sample on a terminal: a model may write any control character.
-fn printable(sample: &str) -> String {
-    let harmless = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
-    sample.chars().filter(|c| harmless(*c)).collect()
-}
-
 /// What the run came to, and what to run next.
 fn report(summary: &Summary, config: &Config, out: &Path) -> String {
     let mut text = String::new();
     if let Some(sample) = &summary.sample {
-        text += &format!("\nsample\n{}\n\n", printable(sample));
+        text += &format!("\nsample\n{}\n\n", console::printable(sample));
     }
     let what = match summary.interrupted {
         true => "stopped at",
@@ -262,6 +256,22 @@ fn report(summary: &Summary, config: &Config, out: &Path) -> String {
         let config = config.display();
         text += &format!("  titanbit train --config {config} --out {out} --resume latest\n");
     }
+    if let Some(tokenizer) = &config.data.tokenizer
+        && tokenizer.is_file()
+    {
+        text += &format!(
+            "  titanbit generate --checkpoint {checkpoint} --prompt {:?}\n",
+            config.eval.sample_prompt
+        );
+    }
+    if let Some(val) = &config.data.val {
+        let val = val.display();
+        text += &format!("  titanbit eval --checkpoint {checkpoint} --data {val}\n");
+    }
+    text += &format!(
+        "  titanbit export --checkpoint {checkpoint} --format packed --output {}.safetensors\n",
+        out.file_name().unwrap_or_default().display()
+    );
     text += &format!("  titanbit info --checkpoint {checkpoint}\n");
     text + &format!(
         "  tensorboard --logdir {}",

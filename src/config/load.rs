@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_yaml::{Mapping, Value};
 
 use super::{Config, Prepare};
-use crate::error::IoContext;
+use crate::error::{IoContext, in_words};
 use crate::model::BitNetConfig;
 use crate::{Error, Result};
 
@@ -43,25 +43,6 @@ pub fn from_text(text: &str, origin: &Path, overrides: &[String]) -> Result<Conf
         .map_err(|e| overridden(format!("{}: {}", e.path(), in_words(e.inner()))))?;
     config.validate().map_err(|e| overridden(e.to_string()))?;
     Ok(config)
-}
-
-/// serde's message with what a user may write in place of Rust's types.
-fn in_words(error: &serde_yaml::Error) -> String {
-    let message = error.to_string();
-    let Some((what, expected)) = message.rsplit_once("expected ") else {
-        return message;
-    };
-    let expected = match expected {
-        "u32" | "u64" | "usize" => "a whole number, 0 or more",
-        "f64" => "a number",
-        "a boolean" => "true or false",
-        "a sequence" => "a list",
-        "a Value::Tagged enum" => "a word",
-        other => other,
-    };
-    // YAML reads an empty value as none at all.
-    let what = what.replace("unit value", "no value (\"\" is an empty text)");
-    format!("{what}expected {expected}")
 }
 
 /// The default configuration as a tree, with the optional parts filled in: every key there is.

@@ -212,6 +212,28 @@ impl TokenFile {
         }
     }
 
+    /// As [`Self::read`], for a model of `vocab_size` tokens.
+    ///
+    /// # Errors
+    /// `Format` when an id is not below `vocab_size`, naming the file and the position.
+    pub fn read_for(&self, range: Range<u64>, vocab_size: u32, ids: &mut Vec<u32>) -> Result<()> {
+        let (position, first) = (range.start, ids.len());
+        self.read(range, ids);
+        match (position..)
+            .zip(&ids[first..])
+            .find(|(_, id)| **id >= vocab_size)
+        {
+            None => Ok(()),
+            Some((position, id)) => Err(Error::format(
+                &self.path,
+                format!(
+                    "token {position} is id {id}, but the model's vocab_size is {vocab_size}: use \
+                     the vocabulary that the data was tokenised with"
+                ),
+            )),
+        }
+    }
+
     /// The largest id in the file, and its position. Reads the whole file.
     pub fn max_id(&self) -> Option<(u32, u64)> {
         const BLOCK: u64 = 1 << 16;

@@ -1,7 +1,7 @@
 //! Writing token files: streamed to a temporary name, then published under the final one together
 //! with the sidecar, so that a run that dies leaves nothing half-written under a final name.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -9,12 +9,13 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use super::bin_format::{HEADER_BYTES, MAX_FILE_TOKENS, Sidecar, TokenDtype, hex};
 use crate::error::IoContext;
+use crate::files::{Temporary, replace_file};
 use crate::{Error, Result};
 
 /// A token file being written, under a temporary name.
 pub struct TokenWriter {
     file: BufWriter<File>,
-    temporary: TemporaryFile,
+    temporary: Temporary,
     vocab_size: u32,
     dtype: TokenDtype,
     tokens: u64,
@@ -31,10 +32,10 @@ impl TokenWriter {
     pub fn create(temporary: impl Into<PathBuf>, vocab_size: u32) -> Result<Self> {
         let temporary = temporary.into();
         let file = File::create(&temporary).at("create", &temporary)?;
-        let temporary = TemporaryFile(temporary);
+        let temporary = Temporary::new(temporary);
         let mut file = BufWriter::with_capacity(1 << 20, file);
         file.write_all(&[0; HEADER_BYTES])
-            .at("write", &temporary.0)?;
+            .at("write", temporary.path())?;
         Ok(Self {
             file,
             temporary,
@@ -59,14 +60,14 @@ impl TokenWriter {
     pub fn write(&mut self, ids: &[u32]) -> Result<()> {
         if let Some(id) = ids.iter().find(|&&id| id >= self.vocab_size) {
             return Err(Error::format(
-                &self.temporary.0,
+                self.temporary.path(),
                 format!("id {id} does not fit the vocabulary of {}", self.vocab_size),
             ));
         }
         self.tokens += ids.len() as u64;
         if self.tokens > MAX_FILE_TOKENS {
             return Err(Error::format(
-                &self.temporary.0,
+                self.temporary.path(),
                 format!("more than {MAX_FILE_TOKENS} tokens in one file: write shards"),
             ));
         }
@@ -82,7 +83,7 @@ impl TokenWriter {
         self.hash.update(&self.encoded);
         self.file
             .write_all(&self.encoded)
-            .at("write", &self.temporary.0)
+            .at("write", self.temporary.path())
     }
 
     /// Writes the header and makes the file durable, still under its temporary name.
@@ -91,7 +92,7 @@ impl TokenWriter {
     /// `Io` when the disk refuses; the temporary file is removed.
     pub fn finish(mut self) -> Result<FinishedTokens> {
         let (magic, version) = self.dtype.magic_and_version();
-        let path = &self.temporary.0;
+        let path = self.temporary.path();
         self.file.seek(SeekFrom::Start(0)).at("write", path)?;
         for field in [magic, version, self.tokens as i32] {
             self.file
@@ -110,7 +111,7 @@ impl TokenWriter {
 
 /// A complete token file that still has its temporary name.
 pub struct FinishedTokens {
-    temporary: TemporaryFile,
+    temporary: Temporary,
     tokens: u64,
     checksum: String,
 }
@@ -139,75 +140,6 @@ impl FinishedTokens {
         }
         let sidecar_path = Sidecar::path_for(path);
         replace_file(&sidecar_path, &json.at("write", &sidecar_path)?)?;
-        self.temporary.rename(path)
-    }
-}
-
-/// Writes `bytes` to `path` so that the old file or the whole new one is there, whatever happens.
-pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let temporary = TemporaryFile(temporary_name(path));
-    let mut file = File::create(&temporary.0).at("create", &temporary.0)?;
-    file.write_all(bytes).at("write", &temporary.0)?;
-    file.sync_all().at("write", &temporary.0)?;
-    drop(file);
-    temporary.rename(path)
-}
-
-/// Makes the names in a directory last through a power cut, as far as its file system can.
-#[cfg(unix)]
-pub(crate) fn sync_dir(path: &Path) -> Result<()> {
-    use std::io::ErrorKind;
-
-    let directory = File::open(path).at("open", path)?;
-    match directory.sync_all() {
-        // Some network file systems know no such thing, which is no reason to stop.
-        Err(error)
-            if matches!(
-                error.kind(),
-                ErrorKind::InvalidInput | ErrorKind::Unsupported
-            ) =>
-        {
-            Ok(())
-        }
-        outcome => outcome.at("write", path),
-    }
-}
-
-/// Only Unix opens a directory like a file; elsewhere the system alone decides when a name lasts.
-#[cfg(not(unix))]
-pub(crate) fn sync_dir(_path: &Path) -> Result<()> {
-    Ok(())
-}
-
-/// The directory that `path` lies in.
-pub(crate) fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
-}
-
-/// `NAME.tmp` beside `NAME`.
-pub(super) fn temporary_name(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".tmp");
-    name.into()
-}
-
-/// Removes its file when dropped, unless it was renamed.
-struct TemporaryFile(PathBuf);
-
-impl TemporaryFile {
-    fn rename(self, path: &Path) -> Result<()> {
-        fs::rename(&self.0, path).at("replace", path)?;
-        sync_dir(directory_of(path))
-    }
-}
-
-impl Drop for TemporaryFile {
-    fn drop(&mut self) {
-        // After a rename there is nothing left under this name, and on a failure path the first
-        // error is the one to report.
-        let _ = fs::remove_file(&self.0);
+        self.temporary.publish(path)
     }
 }

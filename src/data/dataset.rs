@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use super::bin_format::{TokenDtype, TokenFile};
-use super::bin_writer::directory_of;
 use super::tokenize::vocabulary::tokenizer_hash;
 use crate::error::IoContext;
+use crate::files::directory_of;
 use crate::{Error, Result};
 
 /// Rows of consecutive tokens and, for each, the token that follows.
@@ -87,20 +87,24 @@ impl TokenSet {
     /// Refuses the tokenizer at `path` when it is not the one that the set was made with, as far as
     /// sidecars tell.
     pub fn check_tokenizer(&self, path: &Path) -> Result<()> {
-        let hash = tokenizer_hash(path)?;
-        for shard in &self.shards {
-            if let Some(sidecar) = shard.sidecar()
-                && sidecar.tokenizer_hash != hash
-            {
-                return Err(Error::usage(format!(
-                    "data.tokenizer {} is not the tokenizer that {} was made with: give that one, \
-                     or null to train without samples",
-                    path.display(),
-                    shard.path().display()
-                )));
-            }
+        match self.made_with_another(&tokenizer_hash(path)?) {
+            None => Ok(()),
+            Some(shard) => Err(Error::usage(format!(
+                "data.tokenizer {} is not the tokenizer that {} was made with: give that one, or \
+                 null to train without samples",
+                path.display(),
+                shard.path().display()
+            ))),
         }
-        Ok(())
+    }
+
+    /// The first shard whose sidecar names another tokenizer than the one of this hash.
+    pub fn made_with_another(&self, tokenizer_hash: &str) -> Option<&TokenFile> {
+        let differs = |shard: &&TokenFile| {
+            let sidecar = shard.sidecar();
+            sidecar.is_some_and(|sidecar| sidecar.tokenizer_hash != tokenizer_hash)
+        };
+        self.shards.iter().find(differs)
     }
 
     /// Refuses a set that shares a file with this one: held-out data must not be trained on.
@@ -231,25 +235,14 @@ impl TokenSet {
         };
         let start = window * seq_len as u64;
         let row = batch.inputs.len();
-        shard.read(start..start + seq_len as u64, &mut batch.inputs);
+        shard.read_for(
+            start..start + seq_len as u64 + 1,
+            vocab_size,
+            &mut batch.inputs,
+        )?;
         batch.targets.extend_from_slice(&batch.inputs[row + 1..]);
-        shard.read(
-            start + seq_len as u64..start + seq_len as u64 + 1,
-            &mut batch.targets,
-        );
+        batch.inputs.pop();
         batch.rows += 1;
-
-        let ids = batch.inputs[row..].iter().chain(batch.targets.last());
-        if let Some((offset, id)) = ids.enumerate().find(|&(_, &id)| id >= vocab_size) {
-            return Err(Error::format(
-                shard.path(),
-                format!(
-                    "token {} is id {id}, but the model's vocab_size is {vocab_size}: use the \
-                     vocabulary that the data was tokenised with",
-                    start + offset as u64
-                ),
-            ));
-        }
         Ok(())
     }
 }

@@ -5,13 +5,13 @@ pub mod cpu;
 mod decoder;
 mod memory;
 pub mod ops;
-mod packed;
 mod parameters;
 mod transformer;
 pub(crate) mod weights;
 
 pub use config::{Activation, BitNetConfig, ParameterCount, Projection};
+pub(crate) use decoder::{BitLinear, Decoder, Layer};
+pub use decoder::{Cache, LayerCache};
 pub use memory::{MemoryEstimate, ModelBytes};
-pub use packed::PackedTransformer;
 pub use parameters::{Parameter, Parameters, tensor_shapes};
 pub use transformer::{BitNetTransformer, Output};

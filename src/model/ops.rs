@@ -5,6 +5,7 @@ use candle_core::{D, Device, Result, Tensor};
 use candle_nn::ops::softmax;
 
 use super::config::{Activation, BitNetConfig};
+use super::decoder::LayerCache;
 use crate::quant::ternary::EPSILON;
 
 /// Head layout of grouped-query attention.
@@ -122,11 +123,11 @@ pub fn bit_linear(x: &Tensor, weights: &[&Tensor]) -> Result<Tensor> {
     sums.reshape(shape)?.broadcast_div(&s)
 }
 
-/// Rotates pairs (i, i + head_dim/2) of x (..., seq, head_dim).
-fn rotate(x: &Tensor, rope: &Rope) -> Result<Tensor> {
+/// Rotates pairs (i, i + head_dim/2) of x (..., seq, head_dim), of positions from `first` on.
+fn rotate(x: &Tensor, rope: &Rope, first: usize) -> Result<Tensor> {
     let (seq, half) = (x.dim(D::Minus2)?, x.dim(D::Minus1)? / 2);
-    let cos = rope.cos.narrow(0, 0, seq)?;
-    let sin = rope.sin.narrow(0, 0, seq)?;
+    let cos = rope.cos.narrow(0, first, seq)?;
+    let sin = rope.sin.narrow(0, first, seq)?;
     let x1 = x.narrow(D::Minus1, 0, half)?;
     let x2 = x.narrow(D::Minus1, half, half)?;
     let y1 = (x1.broadcast_mul(&cos)? - x2.broadcast_mul(&sin)?)?;
@@ -134,23 +135,30 @@ fn rotate(x: &Tensor, rope: &Rope) -> Result<Tensor> {
     Tensor::cat(&[y1, y2], D::Minus1)
 }
 
-/// (seq, seq): 0 where key <= query, -inf elsewhere.
-fn causal_mask(seq: usize, device: &Device) -> Result<Tensor> {
-    let mask: Vec<f32> = (0..seq * seq)
+/// (seq, past + seq), queries of positions from `past` on: 0 where key <= query, -inf elsewhere.
+fn causal_mask(seq: usize, past: usize, device: &Device) -> Result<Tensor> {
+    let keys = past + seq;
+    let mask: Vec<f32> = (0..seq * keys)
         .map(|i| {
-            if i % seq <= i / seq {
+            if i % keys <= past + i / keys {
                 0.0
             } else {
                 f32::NEG_INFINITY
             }
         })
         .collect();
-    Tensor::from_vec(mask, (seq, seq), device)
+    Tensor::from_vec(mask, (seq, keys), device)
 }
 
 /// Rotary embedding and causal grouped-query attention: qkv (batch, seq, qkv_features)
-/// -> (batch, seq, heads * head_dim). Scores are scaled by 1/sqrt(head_dim).
-pub fn attention(qkv: &Tensor, heads: Heads, rope: &Rope) -> Result<Tensor> {
+/// -> (batch, seq, heads * head_dim). Scores are scaled by 1/sqrt(head_dim). The tokens follow those
+/// of `cache` if there is one, and are added to it.
+pub fn attention(
+    qkv: &Tensor,
+    heads: Heads,
+    rope: &Rope,
+    cache: Option<&mut LayerCache>,
+) -> Result<Tensor> {
     let Heads {
         heads,
         kv_heads,
@@ -163,19 +171,25 @@ pub fn attention(qkv: &Tensor, heads: Heads, rope: &Rope) -> Result<Tensor> {
             .transpose(1, 2)?
             .contiguous()
     };
-    let q = rotate(&split(0, heads)?, rope)?;
-    let k = rotate(&split(heads, kv_heads)?, rope)?;
+    let past = cache.as_ref().map_or(0, |cache| cache.tokens());
+    let q = rotate(&split(0, heads)?, rope, past)?;
+    let k = rotate(&split(heads, kv_heads)?, rope, past)?;
     let v = split(heads + kv_heads, kv_heads)?;
+    let [k, v] = match cache {
+        Some(cache) => cache.append([&k, &v])?,
+        None => [k, v],
+    };
+    let keys = past + seq;
     // The query heads of a group stack along the sequence, so that keys need no copies.
     let group = heads / kv_heads;
     let q = q.reshape((batch, kv_heads, group * seq, head_dim))?;
     let scores = (q.matmul(&k.t()?.contiguous()?)? * (head_dim as f64).powf(-0.5))?;
     let scores = scores
-        .reshape((batch, kv_heads, group, seq, seq))?
-        .broadcast_add(&causal_mask(seq, qkv.device())?)?;
-    let weights = softmax(&scores, D::Minus1)?.reshape((batch, kv_heads, group * seq, seq))?;
+        .reshape((batch, kv_heads, group, seq, keys))?
+        .broadcast_add(&causal_mask(seq, past, qkv.device())?)?;
+    let weights = softmax(&scores, D::Minus1)?.reshape((batch, kv_heads, group * seq, keys))?;
     weights
-        .matmul(&v)?
+        .matmul(&v.contiguous()?)?
         .reshape((batch, heads, seq, head_dim))?
         .transpose(1, 2)?
         .reshape((batch, seq, heads * head_dim))

@@ -10,6 +10,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::BitNetConfig;
 use super::weights::{LayerWeights, Weights};
+use crate::random::SplitMix64;
 use crate::{Error, Result};
 
 /// One trainable tensor, f32.
@@ -75,20 +76,6 @@ pub fn tensor_shapes(config: &BitNetConfig) -> impl Iterator<Item = (String, Vec
         .map(|(name, shape, _)| (name, shape))
 }
 
-/// splitmix64 (Steele, Lea, Flood 2014): a uniform in (0, 1] per call.
-struct Uniform(u64);
-
-impl Uniform {
-    fn next(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        ((z >> 11) + 1) as f64 / (1u64 << 53) as f64
-    }
-}
-
 /// N(0, std) by Box-Muller, a stream of its own per name and block: the same values on every
 /// device and with any number of threads.
 fn normal(name: &str, count: usize, std: f64, seed: u64) -> Vec<f32> {
@@ -100,10 +87,12 @@ fn normal(name: &str, count: usize, std: f64, seed: u64) -> Vec<f32> {
         .enumerate()
         .for_each(|(block, values)| {
             let key = xxh3_64_with_seed(&(block as u64).to_le_bytes(), stream);
-            let mut uniform = Uniform(key);
+            let mut random = SplitMix64(key);
+            // In (0, 1].
+            let mut uniform = || ((random.next() >> 11) + 1) as f64 / (1u64 << 53) as f64;
             for pair in values.chunks_mut(2) {
-                let radius = std * (-2.0 * uniform.next().ln()).sqrt();
-                let (sin, cos) = (std::f64::consts::TAU * uniform.next()).sin_cos();
+                let radius = std * (-2.0 * uniform().ln()).sqrt();
+                let (sin, cos) = (std::f64::consts::TAU * uniform()).sin_cos();
                 for (value, part) in pair.iter_mut().zip([cos, sin]) {
                     *value = (radius * part) as f32;
                 }
@@ -184,18 +173,22 @@ impl Parameters {
         self.0.iter()
     }
 
+    /// The weight called `name`.
+    ///
+    /// # Errors
+    /// `Usage` if there is none of that name.
+    pub fn get(&self, name: &str) -> Result<&Tensor> {
+        let found = self.0.iter().find(|parameter| parameter.name == name);
+        let found = found.map(|parameter| parameter.var.as_tensor());
+        found.ok_or_else(|| Error::usage(format!("the model has no weight called `{name}`")))
+    }
+
     /// All weights by their place in the network.
     ///
     /// # Errors
     /// Parameters of a model of another shape.
     pub(crate) fn by_place(&self, config: &BitNetConfig) -> Result<Weights<Tensor>> {
-        let weight = |name: &str| {
-            self.0
-                .iter()
-                .find(|p| p.name == format!("{name}.weight"))
-                .map(|p| p.var.as_tensor().clone())
-                .ok_or_else(|| Error::usage(format!("the model has no weight called `{name}`")))
-        };
+        let weight = |name: &str| self.get(&format!("{name}.weight")).cloned();
         let layers = (0..config.layers).map(|layer| {
             let weight = |name: &str| weight(&format!("model.layers.{layer}.{name}"));
             Ok(LayerWeights {

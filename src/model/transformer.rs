@@ -11,9 +11,9 @@
 use candle_core::{CpuStorage, Device, Layout, Storage, StorageRef, Tensor};
 
 use super::cpu;
-use super::decoder::{BitLinear, Decoder};
+use super::decoder::{BitLinear, Decoder, Layer};
 use super::ops::{self, Heads, Rope};
-use super::weights::Weights;
+use super::weights::{LayerWeights, Weights};
 use super::{BitNetConfig, Parameters};
 use crate::{Error, Result};
 
@@ -70,14 +70,6 @@ impl BitNetTransformer {
 
     pub fn device(&self) -> &Device {
         self.weights.norm.device()
-    }
-
-    pub(super) fn weights(&self) -> &Weights<Tensor> {
-        &self.weights
-    }
-
-    pub(super) fn rope(&self) -> &Rope {
-        &self.rope
     }
 
     /// Logits, and the loss when labels are given: ids and labels (batch, seq) u32, label i being
@@ -160,11 +152,15 @@ impl BitNetTransformer {
 
     /// The network in candle operations: ids (batch, seq) u32 -> logits (batch * seq, vocab).
     fn graph(&self, weights: &Weights<Tensor>, ids: &Tensor) -> candle_core::Result<Tensor> {
-        let masters = |parts: &[&Tensor]| {
-            Ok::<_, candle_core::Error>(Masters(parts.iter().map(|&part| part.clone()).collect()))
-        };
-        let decoder = Decoder::new(&self.config, weights, &self.rope, masters)?;
-        decoder.logits(ids)
+        let decoder = Decoder::new(
+            &self.config,
+            weights.embed_tokens.clone(),
+            weights.layers.iter().map(masters).collect(),
+            weights.norm.clone(),
+            weights.lm_head().clone(),
+            self.rope.clone(),
+        );
+        decoder.logits(&decoder.hidden(ids, None)?)
     }
 
     /// Runs `pass` over sequences of `seq` tokens with the weights borrowed.
@@ -189,6 +185,20 @@ impl BitNetTransformer {
 /// Master weights that share their input, quantised as they are used.
 struct Masters(Vec<Tensor>);
 
+fn masters(w: &LayerWeights<Tensor>) -> Layer<Masters> {
+    let masters = |parts: &[&Tensor]| Masters(parts.iter().map(|&part| part.clone()).collect());
+    Layer {
+        input_layernorm: w.input_layernorm.clone(),
+        qkv: masters(&[&w.q_proj, &w.k_proj, &w.v_proj]),
+        attn_sub_norm: w.attn_sub_norm.clone(),
+        o: masters(&[&w.o_proj]),
+        post_attention_layernorm: w.post_attention_layernorm.clone(),
+        gate_up: masters(&[&w.gate_proj, &w.up_proj]),
+        ffn_sub_norm: w.ffn_sub_norm.clone(),
+        down: masters(&[&w.down_proj]),
+    }
+}
+
 impl BitLinear for Masters {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         ops::bit_linear(x, &self.0.iter().collect::<Vec<_>>())
@@ -196,11 +206,7 @@ impl BitLinear for Masters {
 }
 
 /// Errors as in [`BitNetTransformer::forward`].
-pub(super) fn check_ids(
-    config: &BitNetConfig,
-    ids: &Tensor,
-    labels: Option<&Tensor>,
-) -> Result<()> {
+fn check_ids(config: &BitNetConfig, ids: &Tensor, labels: Option<&Tensor>) -> Result<()> {
     let (batch, seq) = ids.dims2()?;
     let max = config.max_seq_len;
     if seq > max {

@@ -17,7 +17,7 @@ mod portable;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use self::activations::Activations;
+pub(crate) use self::activations::Activations;
 pub use self::kernel::Kernel;
 use self::kernel::{ROWS, Tile};
 use super::PackedTernary;
@@ -125,6 +125,25 @@ impl TernaryMatmul {
         })
     }
 
+    /// Codes `x` (M, `k`) in the order that [`Self::rows`] needs.
+    pub(crate) fn arrange(&self, x: &[i8], k: usize) -> Activations {
+        Activations::new(x, k, self.kernel.vector(), self.threads)
+    }
+
+    /// Sums of the one token of `x` with the rows of `w` from `first` on, as many as `sums` holds.
+    pub(crate) fn rows(&self, sums: &mut [i32], x: &Activations, w: &PackedTernary, first: usize) {
+        assert_eq!(x.tokens(), 1);
+        let rows = sums.len();
+        self.kernel.run(Blocks {
+            x,
+            w,
+            first_row: first,
+            y: Columns::new(sums, rows),
+            finish: |y: &mut [i32], sums: &[i32], _, _| y.copy_from_slice(sums),
+            threads: self.threads,
+        });
+    }
+
     /// Writes `y` (M, N) through `finish(part of y, its sums, token, first row)`.
     fn product<T: Send>(
         &self,
@@ -147,6 +166,7 @@ impl TernaryMatmul {
         self.kernel.run(Blocks {
             x: &x,
             w,
+            first_row: 0,
             y,
             finish,
             threads: self.threads,
@@ -159,6 +179,8 @@ impl TernaryMatmul {
 pub(crate) struct Blocks<'a, T, F> {
     x: &'a Activations,
     w: &'a PackedTernary,
+    /// Of `w`, the one whose products are the first column of `y`.
+    first_row: usize,
     y: Columns<'a, T>,
     finish: F,
     threads: Threads,
@@ -168,7 +190,7 @@ impl<T: Send, F: Fn(&mut [T], &[i32], usize, usize) + Sync> Blocks<'_, T, F> {
     /// # Safety
     /// The processor has the instructions of `K`.
     unsafe fn run<K: Tile>(&self) {
-        let (m, n, k) = (self.x.tokens(), self.w.rows(), self.w.cols());
+        let (m, n, k) = (self.x.tokens(), self.y.cols, self.w.cols());
         // Of equal size, so that no task is left with a few tokens.
         let most = (TOKEN_BLOCK_BYTES / self.x.stride()).max(1);
         let tokens = m.div_ceil(m.div_ceil(most)).next_multiple_of(K::TOKENS);
@@ -200,12 +222,13 @@ impl<T: Send, F: Fn(&mut [T], &[i32], usize, usize) + Sync> Blocks<'_, T, F> {
     /// # Safety
     /// The processor has the instructions of `K`, and no other thread writes this part of `y`.
     unsafe fn row_block<K: Tile, const TOKENS: usize>(&self, token: usize, first: usize) {
-        let rows = ROW_BLOCK.min(self.w.rows() - first);
+        let rows = ROW_BLOCK.min(self.y.cols - first);
+        let w_row = |row: usize| self.w.row_bytes(self.first_row + first + row);
         let x = std::array::from_fn(|i| self.x.token(token + i));
         let mut sums = [[0; ROW_BLOCK]; TOKENS];
         for row in (0..rows).step_by(ROWS) {
             // Past the last row that row again; its sums are not used.
-            let w = std::array::from_fn(|i| self.w.row_bytes(first + (row + i).min(rows - 1)));
+            let w = std::array::from_fn(|i| w_row((row + i).min(rows - 1)));
             // SAFETY: the caller's promise.
             let tile = unsafe { K::tile::<TOKENS>(w, x) };
             for (sums, tile) in sums.iter_mut().zip(tile) {

@@ -10,6 +10,7 @@
 //! Bits 11 never occur. The tail of a row's last word is padded with code 0, which adds nothing to
 //! a product, so a kernel may run over whole words.
 
+use crate::values::Values;
 use crate::{Error, Result};
 
 #[cfg(target_endian = "big")]
@@ -20,11 +21,17 @@ pub const VALUES_PER_WORD: usize = 32 / BITS;
 const BITS: usize = 2;
 
 /// A `rows` x `cols` matrix of ternary codes, 2 bits each (layout: see the module).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct PackedTernary {
     rows: usize,
     cols: usize,
-    words: Vec<u32>,
+    words: Values<u32>,
+}
+
+impl PartialEq for PackedTernary {
+    fn eq(&self, other: &Self) -> bool {
+        (self.rows, self.cols, self.words()) == (other.rows, other.cols, other.words())
+    }
 }
 
 impl PackedTernary {
@@ -51,14 +58,31 @@ impl PackedTernary {
         let words = codes
             .chunks_exact(cols)
             .flat_map(|row| row.chunks(VALUES_PER_WORD).map(pack_word))
-            .collect();
-        Ok(Self { rows, cols, words })
+            .collect::<Vec<_>>();
+        Ok(Self {
+            rows,
+            cols,
+            words: words.into(),
+        })
     }
 
     /// A matrix of `rows` x `cols` codes, packed already: each row by [`pack_fields`].
-    pub(crate) fn from_words(words: Vec<u32>, rows: usize, cols: usize) -> Self {
+    pub(crate) fn from_words(words: impl Into<Values<u32>>, rows: usize, cols: usize) -> Self {
+        let words = words.into();
         assert_eq!(words.len(), rows * cols.div_ceil(VALUES_PER_WORD));
         Self { rows, cols, words }
+    }
+
+    /// Matrices of one width, one above the other.
+    pub(crate) fn stack(parts: &[Self]) -> Self {
+        let cols = parts[0].cols;
+        assert!(parts.iter().all(|part| part.cols == cols));
+        let words: Vec<u32> = parts
+            .iter()
+            .flat_map(|part| part.words())
+            .copied()
+            .collect();
+        Self::from_words(words, parts.iter().map(Self::rows).sum(), cols)
     }
 
     /// The codes, row-major, of shape (`rows`, `cols`).
@@ -97,7 +121,7 @@ impl PackedTernary {
         Self {
             rows: self.rows,
             cols,
-            words,
+            words: words.into(),
         }
     }
 
@@ -128,7 +152,7 @@ impl PackedTernary {
 
     /// Bytes of the packed matrix.
     pub fn bytes(&self) -> usize {
-        size_of_val(self.words.as_slice())
+        size_of_val(self.words())
     }
 }
 

@@ -17,15 +17,17 @@ use super::optimizer::{AdamW, Moment, Moments};
 use super::stability::StabilityState;
 use crate::config::Config;
 use crate::data::bin_format::hex;
-use crate::data::bin_writer::{replace_file, sync_dir};
 use crate::error::IoContext;
+use crate::files::{
+    Temporary, remove_dir, remove_file, replace_file, sync_dir, sync_file, write_tensors,
+};
 use crate::model::{BitNetTransformer, Parameter, Parameters};
 use crate::{Error, Result};
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
-const TOKENIZER: &str = "tokenizer.json";
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
 
 /// How far a run has come.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -77,25 +79,10 @@ impl CheckpointDir {
     pub fn save(&self, progress: Progress, config: &Config, learner: &Learner) -> Result<PathBuf> {
         fs::create_dir_all(&self.root).at("create", &self.root)?;
         let name = format!("step_{:07}", progress.step);
-        let temporary = self.root.join(format!(".{name}.partial"));
-        remove_dir(&temporary)?;
-        fs::create_dir(&temporary).at("create", &temporary)?;
-        let written = write_files(&temporary, progress, config, learner);
-        if let Err(error) = written {
-            // The reason is what matters; a leftover is replaced by the next save.
-            let _ = fs::remove_dir_all(&temporary);
-            return Err(error);
-        }
+        let temporary = Temporary::directory(self.root.join(format!(".{name}.partial")))?;
+        write_files(temporary.path(), progress, config, learner)?;
         let target = self.root.join(&name);
-        // One of the same step makes way last, so that a kill in between costs nothing older.
-        let replaced = self.root.join(format!(".{name}.replaced"));
-        remove_dir(&replaced)?;
-        if target.exists() {
-            fs::rename(&target, &replaced).at("rename", &target)?;
-        }
-        fs::rename(&temporary, &target).at("rename", &temporary)?;
-        sync_dir(&self.root)?;
-        remove_dir(&replaced)?;
+        temporary.publish(&target)?;
         self.point("latest", &target)?;
         Ok(target)
     }
@@ -227,6 +214,18 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
 /// # Errors
 /// `Format` naming the file that is torn or changed; `Io` for one that is missing or unreadable.
 pub fn verify(dir: &Path) -> Result<State> {
+    verify_files(dir, |_| true)
+}
+
+/// [`verify`] without the optimizer, the larger part, for those who only want the model.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_model(dir: &Path) -> Result<State> {
+    verify_files(dir, |name| name != OPTIMIZER)
+}
+
+fn verify_files(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<State> {
     let path = dir.join(STATE);
     let text = fs::read(&path).at("read", &path)?;
     let state: State = serde_json::from_slice(&text)
@@ -240,7 +239,7 @@ pub fn verify(dir: &Path) -> Result<State> {
             "its checksum does not match: the file was changed",
         ));
     }
-    for (name, stored) in &state.files {
+    for (name, stored) in state.files.iter().filter(|(name, _)| wanted(name)) {
         let path = dir.join(name);
         if *stored != file_checksum(&path)? {
             return Err(Error::format(
@@ -347,7 +346,7 @@ fn write_files(dir: &Path, progress: Progress, config: &Config, learner: &Learne
     let weights = parameters
         .iter()
         .map(|p| (p.name.clone(), p.var.as_detached_tensor()));
-    write_tensors(&dir.join(MODEL), weights.collect())?;
+    write_tensors(&dir.join(MODEL), weights, None)?;
     let moments = (parameters.iter().zip(learner.optimizer().moments())).flat_map(|(p, both)| {
         [("m", &both.m), ("v", &both.v)]
             .into_iter()
@@ -361,7 +360,7 @@ fn write_files(dir: &Path, progress: Progress, config: &Config, learner: &Learne
                     .map(move |(is_maxima, tensor)| (moment_name(kind, is_maxima, p), tensor))
             })
     });
-    write_tensors(&dir.join(OPTIMIZER), moments.collect())?;
+    write_tensors(&dir.join(OPTIMIZER), moments, None)?;
     let mut names = vec![MODEL, OPTIMIZER];
     if let Some(tokenizer) = config.data.tokenizer.as_ref().filter(|path| path.is_file()) {
         let copy = dir.join(TOKENIZER);
@@ -381,37 +380,6 @@ fn write_files(dir: &Path, progress: Progress, config: &Config, learner: &Learne
     };
     state.write(dir)?;
     sync_dir(dir)
-}
-
-fn write_tensors(path: &Path, tensors: HashMap<String, Tensor>) -> Result<()> {
-    safetensors::serialize_to_file(&tensors, None, path).map_err(|e| match e {
-        safetensors::SafeTensorError::IoError(source) => Error::Io {
-            action: "write",
-            path: path.to_path_buf(),
-            source,
-        },
-        other => Error::format(path, other),
-    })?;
-    sync_file(path)
-}
-
-fn sync_file(path: &Path) -> Result<()> {
-    let file = File::options().write(true).open(path).at("open", path)?;
-    file.sync_all().at("write", path)
-}
-
-fn remove_dir(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(e).at("remove", path),
-        _ => Ok(()),
-    }
-}
-
-fn remove_file(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(e).at("remove", path),
-        _ => Ok(()),
-    }
 }
 
 fn file_checksum(path: &Path) -> Result<String> {

@@ -12,8 +12,8 @@ use super::metrics::{Metrics, StepRecord, truncate_beyond};
 use super::sample::Sampler;
 use super::trainer::{StepOutcome, Trainer};
 use crate::config::Config;
-use crate::data::bin_writer::replace_file;
 use crate::error::IoContext;
+use crate::files::replace_file;
 use crate::{Error, Result, device};
 
 /// Where a run lives and how it starts and ends.

@@ -6,7 +6,7 @@ use plotters::coord::combinators::IntoLogRange;
 use plotters::prelude::*;
 
 use super::report::{Report, Row};
-use crate::data::bin_writer::replace_file;
+use crate::files::replace_file;
 use crate::{Error, Result};
 
 const SIZE: (u32, u32) = (1280, 560);

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::quant::PackedTernary;
+use crate::random::SplitMix64;
 
 /// Wrong rows that are computed anew to say how far off they are.
 const ROWS_EXAMINED: usize = 16;
@@ -51,7 +52,7 @@ impl Weights {
             k,
             packed: PackedTernary::pack(&codes, n, k)?,
             codes,
-            scales: (0..n).map(|_| 0.01 + random.unit()).collect(),
+            scales: (0..n).map(|_| 0.01 + random.unit() as f32).collect(),
         })
     }
 }
@@ -63,7 +64,7 @@ impl<'a> Problem<'a> {
         Self {
             m,
             x: (0..m * weights.k).map(|_| random.next() as i8).collect(),
-            scales: (0..m).map(|_| 10.0 + random.unit()).collect(),
+            scales: (0..m).map(|_| 10.0 + random.unit() as f32).collect(),
             weights,
         }
     }
@@ -153,28 +154,6 @@ fn largest(errors: impl Iterator<Item = f64>) -> f64 {
 fn inner(a: impl Iterator<Item = i64>, b: &[i64]) -> i64 {
     a.zip(b)
         .fold(0, |sum, (a, &b)| sum.wrapping_add(a.wrapping_mul(b)))
-}
-
-/// Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014).
-struct SplitMix64(u64);
-
-impl SplitMix64 {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in 0..bound for a small bound (the bias is below bound / 2^32).
-    fn below(&mut self, bound: u64) -> u64 {
-        ((self.next() >> 32) * bound) >> 32
-    }
-
-    /// Uniform in [0, 1).
-    fn unit(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 24) as f32
-    }
 }
 
 #[cfg(test)]

@@ -26,6 +26,7 @@ use indicatif::ProgressBar;
 
 use crate::config::MAX_THREADS;
 use crate::error::IoContext;
+use crate::files::{directory_of, replace_file, temporary_name};
 use crate::{Error, Result};
 pub use documents::Skipped;
 use documents::{Rules, for_each_document};
@@ -37,7 +38,6 @@ use sources::Source;
 use vocabulary::{Vocabulary, tokenizer_hash};
 
 use super::bin_format::Sidecar;
-use super::bin_writer::{directory_of, replace_file};
 use super::dataset::{bin_files, files_of_name};
 
 /// Name of the tokenizer's file, beside the output.
@@ -252,7 +252,7 @@ fn prepare_directories(options: &TokenizeOptions) -> Result<PathBuf> {
     for output in validation.into_iter().chain([&options.output]) {
         let directory = directory_of(output);
         std::fs::create_dir_all(directory).at("create", directory)?;
-        let probe = super::bin_writer::temporary_name(output);
+        let probe = temporary_name(output);
         std::fs::write(&probe, []).at("write", &probe)?;
         std::fs::remove_file(&probe).at("remove", &probe)?;
     }

@@ -8,8 +8,9 @@ use super::pipeline::EncodedDocuments;
 use super::vocabulary::Vocabulary;
 use crate::Result;
 use crate::data::bin_format::{MAX_FILE_TOKENS, Sidecar};
-use crate::data::bin_writer::{FinishedTokens, TokenWriter, directory_of, temporary_name};
+use crate::data::bin_writer::{FinishedTokens, TokenWriter};
 use crate::error::IoContext;
+use crate::files::{directory_of, temporary_name};
 
 /// Writes documents to `NAME.bin`, or to `NAME_000.bin`, `NAME_001.bin`, ... when a limit is set
 /// or one file cannot hold them all.

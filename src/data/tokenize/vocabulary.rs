@@ -17,7 +17,7 @@ use crate::{Error, Result};
 pub const END_OF_TEXT: &str = "<|endoftext|>";
 
 /// What other vocabularies call it.
-const END_OF_TEXT_NAMES: [&str; 6] = [
+pub(crate) const END_OF_TEXT_NAMES: [&str; 6] = [
     END_OF_TEXT,
     "<|end_of_text|>",
     "</s>",
@@ -44,8 +44,34 @@ pub fn tokenizer_hash(path: &Path) -> Result<String> {
     Ok(hash(&std::fs::read(path).at("read", path)?))
 }
 
-fn hash(json: &[u8]) -> String {
+/// The same of a file's content.
+pub(crate) fn hash(json: &[u8]) -> String {
     hex(xxh3_64(json))
+}
+
+/// A tokenizer from the content of `path`, a `tokenizer.json`. It takes every text whole and as it
+/// is, whatever the file says of inference batches.
+///
+/// # Errors
+/// `Format` when it is not a tokenizer.
+pub fn parse(json: &[u8], path: &Path) -> Result<Tokenizer> {
+    let mut tokenizer = Tokenizer::from_bytes(json).map_err(|error| {
+        Error::format(
+            path,
+            format!("not a tokenizer.json of `tokenizers`: {error}"),
+        )
+    })?;
+    tokenizer
+        .with_truncation(None)
+        .map_err(|error| Error::format(path, error))?
+        .with_padding(None);
+    Ok(tokenizer)
+}
+
+/// The token that ends a document, if it has one of the usual names.
+pub fn end_of_text(tokenizer: &Tokenizer) -> Option<u32> {
+    let mut names = END_OF_TEXT_NAMES.iter();
+    names.find_map(|name| tokenizer.token_to_id(name))
 }
 
 /// A tokenizer and what the token files need to know of it.
@@ -75,12 +101,7 @@ impl Vocabulary {
             )));
         }
         let json = std::fs::read(path).at("read", path)?;
-        let tokenizer = Tokenizer::from_bytes(&json).map_err(|error| {
-            Error::format(
-                path,
-                format!("not a tokenizer.json of `tokenizers`: {error}"),
-            )
-        })?;
+        let tokenizer = parse(&json, path)?;
         Self::new(tokenizer, json, path, eos_token)
     }
 
@@ -130,21 +151,14 @@ impl Vocabulary {
     }
 
     fn new(
-        mut tokenizer: Tokenizer,
+        tokenizer: Tokenizer,
         json: Vec<u8>,
         path: &Path,
         eos_token: Option<&str>,
     ) -> Result<Self> {
-        // A document is encoded whole and as it is, whatever the file says of inference batches.
-        tokenizer
-            .with_truncation(None)
-            .map_err(|error| Error::format(path, error))?
-            .with_padding(None);
         let found = match eos_token {
             Some(name) => tokenizer.token_to_id(name),
-            None => END_OF_TEXT_NAMES
-                .iter()
-                .find_map(|name| tokenizer.token_to_id(name)),
+            None => end_of_text(&tokenizer),
         };
         let Some(eos_id) = found else {
             return Err(Error::usage(match eos_token {

@@ -26,7 +26,7 @@ pub struct Attention<'a> {
 vectorized! {
     /// Turns pairs (i, i + half) of one head's rows by the angle of their position, backwards for
     /// gradients.
-    fn rotate(rows: &mut [f32], cos: &[f32], sin: &[f32], head_dim: usize, inverse: bool) {
+    pub fn rotate(rows: &mut [f32], cos: &[f32], sin: &[f32], head_dim: usize, inverse: bool) {
         let half = head_dim / 2;
         let sign = if inverse { -1.0 } else { 1.0 };
         let angles = cos.chunks_exact(half).zip(sin.chunks_exact(half));
@@ -127,6 +127,41 @@ fn query_blocks(seq: usize) -> impl Iterator<Item = (Range<usize>, usize)> {
     })
 }
 
+fn score_scale(head_dim: usize) -> f32 {
+    (head_dim as f32).sqrt().recip()
+}
+
+/// Scores of queries (queries, d) against the first `keys` of k: (queries, keys).
+fn scores(q: &[f32], k: &[f32], keys: usize, d: usize) -> Vec<f32> {
+    let queries = q.len() / d;
+    let mut scores = vec![0f32; queries * keys];
+    let lhs = Mat::new(q, queries, d);
+    let rhs = Mat::new(k, keys, d).t();
+    let scale = score_scale(d);
+    matmul(&mut scores, Write::Replace, scale, lhs, rhs, Threads::One);
+    scores
+}
+
+/// One head: queries (seq, d), rotated, of the last tokens of k and v (past + seq, d) -> output rows
+/// (seq, d) and log-sum-exp (seq,).
+pub fn attend(q: &[f32], k: &[f32], v: &[f32], d: usize) -> (Vec<f32>, Vec<f32>) {
+    let seq = q.len() / d;
+    let past = k.len() / d - seq;
+    let mut out = vec![0f32; q.len()];
+    let mut log_sum_exp = vec![0f32; seq];
+    for (queries, end) in query_blocks(seq) {
+        let keys = past + end;
+        let rows = queries.start * d..queries.end * d;
+        let mut scores = scores(&q[rows.clone()], k, keys, d);
+        let lse = &mut log_sum_exp[queries.clone()];
+        causal_softmax(&mut scores, keys, past + queries.start, lse);
+        let lhs = Mat::new(&scores, queries.len(), keys);
+        let rhs = Mat::new(v, keys, d);
+        matmul(&mut out[rows], Write::Replace, 1.0, lhs, rhs, Threads::One);
+    }
+    (out, log_sum_exp)
+}
+
 impl Attention<'_> {
     fn qkv_layout(&self) -> HeadLayout {
         HeadLayout {
@@ -146,39 +181,6 @@ impl Attention<'_> {
         self.heads.heads / self.heads.kv_heads
     }
 
-    fn score_scale(&self) -> f32 {
-        (self.heads.head_dim as f32).sqrt().recip()
-    }
-
-    /// Scores of one block of queries against the keys up to its end: (queries, keys).
-    fn scores(&self, q: &[f32], k: &[f32], queries: &Range<usize>, keys: usize) -> Vec<f32> {
-        let d = self.heads.head_dim;
-        let mut scores = vec![0f32; queries.len() * keys];
-        let lhs = Mat::new(&q[queries.start * d..queries.end * d], queries.len(), d);
-        let rhs = Mat::new(k, keys, d).t();
-        let scale = self.score_scale();
-        matmul(&mut scores, Write::Replace, scale, lhs, rhs, Threads::One);
-        scores
-    }
-
-    /// Output rows and log-sum-exp of one query head.
-    fn head_forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>) {
-        let d = self.heads.head_dim;
-        let seq = q.len() / d;
-        let mut out = vec![0f32; q.len()];
-        let mut log_sum_exp = vec![0f32; seq];
-        for (queries, keys) in query_blocks(seq) {
-            let mut scores = self.scores(q, k, &queries, keys);
-            let lse = &mut log_sum_exp[queries.clone()];
-            causal_softmax(&mut scores, keys, queries.start, lse);
-            let rows = queries.start * d..queries.end * d;
-            let lhs = Mat::new(&scores, queries.len(), keys);
-            let rhs = Mat::new(v, keys, d);
-            matmul(&mut out[rows], Write::Replace, 1.0, lhs, rhs, Threads::One);
-        }
-        (out, log_sum_exp)
-    }
-
     /// Adds one query head's share to dk and dv, and returns dq. With P the softmax and
     /// delta = dO . O per row: dP = dO V^T, dS = P * (dP - delta), dq = scale dS K,
     /// dk = scale dS^T Q, dv = P^T dO.
@@ -190,13 +192,13 @@ impl Attention<'_> {
         (dk, dv): (&mut [f32], &mut [f32]),
     ) -> Vec<f32> {
         let d = self.heads.head_dim;
-        let scale = self.score_scale();
+        let scale = score_scale(d);
         let mut dq = vec![0f32; q.len()];
         for (queries, keys) in query_blocks(log_sum_exp.len()) {
             let count = queries.len();
             let rows = queries.start * d..queries.end * d;
             let douts = Mat::new(&dout[rows.clone()], count, d);
-            let mut p = self.scores(q, k, &queries, keys);
+            let mut p = scores(&q[rows.clone()], k, keys, d);
             let mut ds = vec![0f32; count * keys];
             let values = Mat::new(v, keys, d).t();
             matmul(&mut ds, Write::Replace, 1.0, douts, values, Threads::One);
@@ -262,7 +264,7 @@ impl Attention<'_> {
         let batch = qkv.len() / size;
         let sequences = self.for_each_kv_head(batch, |sequence, kv_head| {
             let (queries, k, v) = self.group_inputs(&qkv[sequence * size..][..size], kv_head);
-            let heads = queries.iter().map(|q| self.head_forward(q, &k, &v));
+            let heads = queries.iter().map(|q| attend(q, &k, &v, layout.head_dim));
             heads.collect()
         });
         let mut out = vec![0f32; batch * out_size];

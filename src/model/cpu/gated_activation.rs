@@ -56,7 +56,7 @@ fn backward_with(
 }
 
 vectorized! {
-    fn forward_rows(y: &mut [f32], gate_up: &[f32], features: usize, activation: Activation) {
+    pub fn forward_rows(y: &mut [f32], gate_up: &[f32], features: usize, activation: Activation) {
         match activation {
             Activation::Silu => forward_with(y, gate_up, features, silu),
             Activation::Relu2 => forward_with(y, gate_up, features, relu2),

@@ -10,7 +10,7 @@ pub mod lm_loss;
 pub mod normed_bit_linear;
 pub mod rms_norm;
 
-pub use gemm::Write;
+pub use gemm::{Mat, Write, matmul};
 
 use self::attention::Attention;
 use self::normed_bit_linear::NormedBitLinear;

@@ -11,7 +11,7 @@ const WORTH_A_THREAD: usize = 1 << 19;
 /// Codes of each token in blocks of four vectors: the codes 4b, b = 0, 1, .. of the block, then the
 /// codes 4b + 1, 4b + 2 and 4b + 3, as do the fields of a vector of packed weights. The last block is
 /// padded with zeros.
-pub(super) struct Activations {
+pub(crate) struct Activations {
     codes: Vec<i8>,
     /// Codes of a token with its padding.
     stride: usize,

@@ -1,33 +1,11 @@
-//! Inference over packed weights against the model that it was packed from.
+//! BitLinear layers over packed weights, on every device.
+
+mod common;
 
 use candle_core::{DType, Device, Tensor};
+use common::devices;
 use titanbit::model::ops::bit_linear;
-use titanbit::model::{BitNetConfig, BitNetTransformer, PackedTransformer};
 use titanbit::quant::{Backend, PackedTernary};
-
-fn config() -> BitNetConfig {
-    BitNetConfig {
-        vocab_size: 300,
-        layers: 3,
-        hidden_size: 96,
-        heads: 6,
-        kv_heads: 2,
-        // No multiple of the 32 features that the GPU's kernels take at a time.
-        intermediate_size: 272,
-        max_seq_len: 64,
-        init_std: 0.1,
-        ..BitNetConfig::preset("125M").unwrap()
-    }
-}
-
-fn devices() -> Vec<Device> {
-    let mut devices = vec![Device::Cpu];
-    match titanbit::device::select("cuda") {
-        Ok(device) => devices.push(device),
-        Err(error) => eprintln!("without a GPU: {error}"),
-    }
-    devices
-}
 
 /// ||a - b|| / ||b|| over all values.
 fn error(a: &Tensor, b: &Tensor) -> f64 {
@@ -77,45 +55,6 @@ fn activations_with_gaps_are_refused_by_the_bare_operation() {
         let error = x.apply_op1_no_bwd(&linear).unwrap_err().to_string();
         assert!(error.contains("not contiguous"), "{error}");
     }
-}
-
-#[test]
-fn packed_logits_are_those_of_the_model() {
-    for device in devices() {
-        let config = config();
-        let model = BitNetTransformer::new(&config, 7, &device).unwrap();
-        let packed = PackedTransformer::new(&model).unwrap();
-        for (batch, seq) in [(1, 1), (1, 64), (3, 17)] {
-            let ids: Vec<u32> = (0..batch * seq)
-                .map(|i| (i * i * 31 % 300) as u32)
-                .collect();
-            let ids = Tensor::from_vec(ids, (batch, seq), &device).unwrap();
-            let expected = model.forward(&ids, None).unwrap().logits;
-            let logits = packed.logits(&ids).unwrap();
-            assert_eq!(logits.dims(), [batch, seq, 300]);
-            let error = error(&logits, &expected);
-            println!("{device:?} {batch} x {seq}: {error:.1e}");
-            // A GPU's kernels multiply by the reciprocal of a scale: an activation near a tie may get
-            // the other code, which moves everything behind it.
-            let bound = if device.is_cpu() { 1e-6 } else { 2e-2 };
-            assert!(error < bound, "{device:?} {batch} x {seq}: {error:e}");
-        }
-    }
-}
-
-#[test]
-fn ids_are_checked_as_by_the_model() {
-    let model = BitNetTransformer::new(&config(), 7, &Device::Cpu).unwrap();
-    let packed = PackedTransformer::new(&model).unwrap();
-    let refusal = |ids: &[u32]| {
-        let ids = Tensor::new(ids, &Device::Cpu)
-            .unwrap()
-            .unsqueeze(0)
-            .unwrap();
-        packed.logits(&ids).unwrap_err().to_string()
-    };
-    assert!(refusal(&[1, 300]).contains("token id 300 is outside the vocabulary of 300"));
-    assert!(refusal(&[0; 65]).contains("a sequence of 65 tokens exceeds"));
 }
 
 /// Weights of one row each, of which the codes and the result are plain to see.
