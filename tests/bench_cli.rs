@@ -144,6 +144,32 @@ fn impossible_sizes_are_refused() {
 }
 
 #[test]
+fn decoding_reads_every_weight_but_the_embedding() {
+    let args = [
+        "decode", "--device", "cpu", "--prompt", "3", "--tokens", "4", "--json",
+    ];
+    let output = bench(&args).success().get_output().stdout.clone();
+    let report: Value = serde_json::from_slice(&output).unwrap();
+    let number = |pointer: &str| report.pointer(pointer).unwrap().as_f64().unwrap();
+    // 75.5 M codes of 2 bits, a head of 32000 x 768 in 16, norms in 32.
+    let norms = 12 * (3 * 768 + 2048) + 768;
+    let bytes = 75_497_472 / 4 + 2 * 32_000 * 768 + 4 * norms;
+    assert_eq!(number("/bytes_per_token"), f64::from(bytes));
+    let rate = number("/bytes_per_token") / (number("/token_ms/p50") / 1e3);
+    assert!((number("/bytes_per_s") / rate - 1.0).abs() < 1e-9);
+    assert!(number("/token_ms/p20") <= number("/token_ms/p80"));
+    assert!(number("/prefill_tokens_per_s") > 0.0);
+}
+
+#[test]
+fn decoding_beyond_the_context_is_refused() {
+    let huge = usize::MAX.to_string();
+    refused(&["decode", "--prompt", &huge], "exceed the context of 2048");
+    refused(&["decode", "--tokens", "0"], "--tokens 0");
+    refused(&["decode", "--model-size", "9B"], "unknown model size");
+}
+
+#[test]
 fn unknown_devices_are_refused() {
     for device in ["tpu", "cuda:", "cuda:x", "cuda:-1", ""] {
         refused(

@@ -272,7 +272,7 @@ impl Generator<'_> {
             prompt,
             max_tokens: self.args.max_tokens,
             sampling: self.sampling.clone(),
-            seed: self.args.seed + round,
+            seed: self.args.seed.wrapping_add(round),
             stops: self.args.stop.clone(),
             end_ids: self.end_id.into_iter().collect(),
         };

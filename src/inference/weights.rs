@@ -221,7 +221,7 @@ impl PackedWeights {
             let norms = layer.norms().map(|(_, norm)| size_of_val(&norm[..]));
             packed.iter().chain(&norms).sum::<usize>()
         });
-        layers.sum::<usize>() + self.lm_head().bytes()
+        layers.sum::<usize>() + size_of_val(&self.norm[..]) + self.lm_head().bytes()
     }
 }
 

@@ -53,7 +53,7 @@ pub fn run(args: &Args) -> Result<()> {
             )));
         }
     }
-    if args.prompt + args.tokens > config.max_seq_len {
+    if args.prompt.saturating_add(args.tokens) > config.max_seq_len {
         return Err(Error::usage(format!(
             "--prompt {} and --tokens {} exceed the context of {}",
             args.prompt, args.tokens, config.max_seq_len

@@ -46,26 +46,19 @@ pub fn token(network: &Network, cache: &mut [LayerCache], id: u32) -> (Vec<f32>,
     let mut logits = vec![0f32; lm_head.rows()];
     let parts = row_parts(lm_head.rows(), network.team.members());
     let logit_parts = split(&mut logits, &parts);
-    let final_activations = Mutex::new(Vec::new());
 
     network.team.run(|member| {
         for (layer, cache) in weights.layers.iter().zip(&cache) {
             network.layer_step(member, layer, &activity, cache);
         }
-        let mut x = vec![0f32; hidden];
-        activity.x.read(0, &mut x);
-        let x = rms_norm::forward(&x, &weights.norm, network.eps);
+        let x = network.final_activations(&activity);
         member.share(parts.len(), |task| {
             let mut logits = logit_parts[task].lock().expect("no member panicked");
             head::rows(&mut logits, &x, lm_head, parts[task].start);
-            if task == 0 {
-                *final_activations.lock().expect("no member panicked") = x.clone();
-            }
         });
     });
     drop(logit_parts);
-    let final_activations = final_activations.into_inner();
-    (final_activations.expect("no member panicked"), logits)
+    (network.final_activations(&activity), logits)
 }
 
 /// Rows 0 to `rows` in parts for the members of a team to share out.
@@ -109,10 +102,9 @@ impl Network {
             attention,
             gated,
         } = activity;
+        let add_to_x = |row, y| x.set(row, x.get(row) + y);
         let token = self.quantize(x, &w.input_layernorm);
-        self.for_rows(member, &w.qkv, |rows, sums| {
-            self.scaled_rows(&token, &w.qkv, rows, sums, |row, y| qkv.set(row, y));
-        });
+        self.project(member, &token, &w.qkv, |row, y| qkv.set(row, y));
 
         member.share(self.heads.kv_heads, |kv_head| {
             let mut cache = cache[kv_head].lock().expect("no member panicked");
@@ -120,21 +112,13 @@ impl Network {
         });
 
         let token = self.quantize(attention, &w.attn_sub_norm);
-        self.for_rows(member, &w.o, |rows, sums| {
-            self.scaled_rows(&token, &w.o, rows, sums, |row, y| {
-                x.set(row, x.get(row) + y)
-            });
-        });
+        self.project(member, &token, &w.o, add_to_x);
 
         let token = self.quantize(x, &w.post_attention_layernorm);
-        self.gate_up_rows(member, &token, &w.gate_up, gated);
+        self.gate_up(member, &token, &w.gate_up, gated);
 
         let token = self.quantize(gated, &w.ffn_sub_norm);
-        self.for_rows(member, &w.down, |rows, sums| {
-            self.scaled_rows(&token, &w.down, rows, sums, |row, y| {
-                x.set(row, x.get(row) + y)
-            });
-        });
+        self.project(member, &token, &w.down, add_to_x);
     }
 
     /// Every member does it for itself: that takes less time than to wait for one that does it.
@@ -150,32 +134,53 @@ impl Network {
         }
     }
 
-    /// Calls `part` for all rows of a matrix, a few at a time, with room for their sums.
-    fn for_rows(
+    /// Normalised residual stream, (hidden,).
+    fn final_activations(&self, activity: &Activity) -> Vec<f32> {
+        let mut x = vec![0f32; self.hidden_size()];
+        activity.x.read(0, &mut x);
+        rms_norm::forward(&x, &self.weights.norm, self.eps)
+    }
+
+    /// The outputs of a projection, each given to `put` by the member that computed it.
+    fn project(
         &self,
         member: &Member,
+        token: &Quantized,
         weights: &Projections,
-        part: impl Fn(Range<usize>, &mut [i32]),
+        put: impl Fn(usize, f32),
     ) {
-        let parts = row_parts(weights.packed.rows(), member.members());
-        member.share(parts.len(), |task| {
-            let rows = &parts[task];
-            for first in rows.clone().step_by(ROWS_PER_CALL) {
-                let end = rows.end.min(first + ROWS_PER_CALL);
-                part(first..end, &mut [0; ROWS_PER_CALL][..end - first]);
-            }
+        for_rows(member, weights.packed.rows(), |rows| {
+            self.scaled_rows(token, weights, rows, &put);
         });
     }
 
-    /// Outputs of some rows, each given to `put`.
+    /// `act(gate) * up`: rows of the gate together with those of up.
+    fn gate_up(&self, member: &Member, token: &Quantized, w: &Projections, gated: &Shared) {
+        let features = self.intermediate_size();
+        for_rows(member, features, |rows| {
+            let (first, count) = (rows.start, rows.len());
+            let mut gate_up = [0f32; 2 * ROWS_PER_CALL];
+            for (half, start) in [(0, first), (count, features + first)] {
+                self.scaled_rows(token, w, start..start + count, |row, y| {
+                    gate_up[half + row - start] = y;
+                });
+            }
+            let mut values = [0f32; ROWS_PER_CALL];
+            let (gate_up, values) = (&gate_up[..2 * count], &mut values[..count]);
+            gated_activation::forward_rows(values, gate_up, count, self.activation);
+            gated.write(first, values);
+        });
+    }
+
+    /// Outputs of at most [`ROWS_PER_CALL`] rows, each given to `put`.
     fn scaled_rows(
         &self,
         token: &Quantized,
         weights: &Projections,
         rows: Range<usize>,
-        sums: &mut [i32],
         mut put: impl FnMut(usize, f32),
     ) {
+        let sums = &mut [0; ROWS_PER_CALL][..rows.len()];
         self.matmul
             .rows(sums, &token.x, &weights.packed, rows.start);
         let scales = &weights.scales[rows.clone()];
@@ -183,27 +188,15 @@ impl Network {
             put(row, *sum as f32 * b / token.scale);
         }
     }
+}
 
-    /// `act(gate) * up`: rows of the gate together with those of up.
-    fn gate_up_rows(&self, member: &Member, token: &Quantized, w: &Projections, gated: &Shared) {
-        let features = self.intermediate_size();
-        let parts = row_parts(features, member.members());
-        member.share(parts.len(), |task| {
-            let rows = &parts[task];
-            for first in rows.clone().step_by(ROWS_PER_CALL) {
-                let count = ROWS_PER_CALL.min(rows.end - first);
-                let mut gate_up = [0f32; 2 * ROWS_PER_CALL];
-                for (half, start) in [(0, first), (count, features + first)] {
-                    let sums = &mut [0; ROWS_PER_CALL][..count];
-                    self.scaled_rows(token, w, start..start + count, sums, |row, y| {
-                        gate_up[half + row - start] = y;
-                    });
-                }
-                let mut values = [0f32; ROWS_PER_CALL];
-                let (gate_up, values) = (&gate_up[..2 * count], &mut values[..count]);
-                gated_activation::forward_rows(values, gate_up, count, self.activation);
-                gated.write(first, values);
-            }
-        });
-    }
+/// The members share out rows 0 to `count`; `part` gets at most [`ROWS_PER_CALL`] at a time.
+fn for_rows(member: &Member, count: usize, part: impl Fn(Range<usize>)) {
+    let parts = row_parts(count, member.members());
+    member.share(parts.len(), |task| {
+        let rows = &parts[task];
+        for first in rows.clone().step_by(ROWS_PER_CALL) {
+            part(first..rows.end.min(first + ROWS_PER_CALL));
+        }
+    });
 }
