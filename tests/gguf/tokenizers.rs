@@ -176,6 +176,16 @@ fn tokenizers_that_llama_cpp_cannot_run_are_refused() {
         ),
         (
             changed(&piece, &|t| {
+                for token in ["\n", "\r", "\n\r"] {
+                    let id = t["model"]["vocab"].as_object().unwrap().len();
+                    let vocab = t["model"]["vocab"].as_object_mut().unwrap();
+                    vocab.entry(token).or_insert(id.into());
+                }
+            }),
+            "`\\n` and `\\r` stay apart, though `\\n\\r` is a token",
+        ),
+        (
+            changed(&piece, &|t| {
                 // The pair of a token that can be made in two ways, away from the other.
                 let merges = t["model"]["merges"].as_array_mut().unwrap();
                 let token =

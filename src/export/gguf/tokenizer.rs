@@ -77,7 +77,9 @@ pub fn metadata(json: &str, vocab_size: usize) -> Result<(Metadata, Vec<String>)
     Ok((keys, notes))
 }
 
+/// Tokens may hold line breaks, messages may not.
 fn refused(what: impl Display) -> Error {
+    let what = what.to_string().replace('\n', "\\n").replace('\r', "\\r");
     Error::usage(format!(
         "GGUF cannot hold this tokenizer: {what} (export as hf or packed)"
     ))

@@ -69,7 +69,9 @@ fn scores(source: &Source, vocab_size: usize) -> Result<Vec<f32>> {
         Some(id) => !source.added.contains_key(id) && !source.bytes.contains(id),
         None => false,
     };
-    for token in source.vocab.keys().filter(|token| plain(token)) {
+    let mut tokens: Vec<_> = source.vocab.keys().filter(|token| plain(token)).collect();
+    tokens.sort();
+    for token in tokens {
         let cuts = token.char_indices().skip(1);
         let mut pairs = cuts.map(|(at, _)| token.split_at(at));
         let unlisted = pairs
