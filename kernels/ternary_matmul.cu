@@ -192,6 +192,7 @@ __device__ __forceinline__ void multiply_tiles(const int8_t* x, const uint8_t* w
     __syncthreads();
 
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        if (tile + static_cast<int>(gridDim.x) >= tiles) let_later_kernels_start();
         const int2 origin = tile_origin<S>(tile, tiles_m, tiles_n);
         const int first_n = origin.y + warp_n * kTileRows * S::kFragsN;
         Scales<16 * S::kFragsM> x_scales;
@@ -247,8 +248,6 @@ __device__ __forceinline__ void multiply_tiles(const int8_t* x, const uint8_t* w
                     for (int j = 0; j < S::kFragsN; ++j) unpack(w_now[0][j], packed[j][0]);
             }
         }
-
-        if (tile + static_cast<int>(gridDim.x) >= tiles) let_later_kernels_start();
 
         // Warps that share rows and columns leave each other the sums that they don't store.
         constexpr int kKept = (S::kFragsM + S::kWarpsK - 1) / S::kWarpsK;

@@ -1,6 +1,8 @@
 //! `kernels/ternary_matmul.cu`: any number of tokens, on every GPU from sm_80 on.
 
 use candle_core::CudaDevice;
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
 
 use super::{ByOutput, Launch, Product};
 use crate::Result;
@@ -54,6 +56,16 @@ impl Tiling {
         m.div_ceil(self.tile[0]) * n.div_ceil(self.tile[1])
     }
 
+    /// Shared memory that a block asks for where a multiprocessor has `each` of them: so much that
+    /// no more fit. Blocks of the next product come as soon as there is room, and a multiprocessor
+    /// that took more of them than the others would keep all waiting.
+    fn launch_bytes(&self, each: usize, processor_bytes: usize) -> usize {
+        match self.persistent {
+            true => self.shared_bytes,
+            false => self.shared_bytes.max(processor_bytes / (each + 1)),
+        }
+    }
+
     fn name(&self) -> String {
         let [tokens, rows] = self.tile;
         format!("{tokens}x{rows}")
@@ -69,14 +81,20 @@ struct Version {
 pub struct Portable {
     versions: Vec<Version>,
     processors: usize,
+    /// Shared memory of a multiprocessor.
+    processor_bytes: usize,
 }
 
 impl Portable {
     pub fn load(device: &CudaDevice) -> Result<Self> {
         let module = Module::load(device, fatbin!("ternary_matmul"))?;
+        let attribute =
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR;
+        let processor_bytes = device.cuda_stream().context().attribute(attribute).w()? as usize;
         let versions = TILINGS.each_ref().map(|tiling| {
             let name = format!("ternary_matmul_{}", tiling.name());
-            let kernels = ByOutput::load(&module, &name, tiling.shared_bytes)?;
+            let most_bytes = tiling.launch_bytes(1, processor_bytes);
+            let kernels = ByOutput::load(&module, &name, most_bytes)?;
             Ok(Version {
                 resident_blocks: kernels.bf16.resident_blocks(tiling.threads)?,
                 tiling,
@@ -86,6 +104,7 @@ impl Portable {
         let versions = versions.into_iter().collect::<Result<Vec<_>>>()?;
         Ok(Self {
             processors: versions[0].kernels.int32.processors()?,
+            processor_bytes,
             versions,
         })
     }
@@ -116,10 +135,11 @@ impl Portable {
             true => tiles.min(version.resident_blocks),
             false => tiles,
         };
+        let each = blocks.div_ceil(self.processors);
         let launch = Launch {
             grid: [blocks, 1, 1],
             threads: tiling.threads,
-            shared_bytes: tiling.shared_bytes,
+            shared_bytes: tiling.launch_bytes(each, self.processor_bytes),
         };
         // SAFETY: the caller's promise; the launch is the kernel's.
         unsafe { product.launch(version.kernels.of(product.output), &launch, None) }
