@@ -4,7 +4,6 @@
 #include <type_traits>
 
 #include "gemm_hopper.cuh"
-#include "ternary_tiles.cuh"
 #include "ternary_wgmma.cuh"
 
 namespace {
@@ -28,14 +27,6 @@ __device__ __forceinline__ void store_matrix_x4_transposed(uint32_t shared, uint
 // An arrival of this thread at `barrier` as soon as its asynchronous copies so far are there.
 __device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-// The operand fragment of 32 columns: 64 times the codes of a word. The empty statement keeps the unpacking where it is
-// written, so that it never comes between a fence and a wgmma, which would wait for each other.
-__device__ __forceinline__ void unpack(uint32_t (&a)[4], uint32_t word) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) a[r] = unpack_codes(word, r);
-    asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
 }
 
 // A warpgroup multiplies `steps` stages, every kStride-th of the ring from `stage`: sums[i] (64, tokens) of blocks of

@@ -1,8 +1,43 @@
-// int8 wgmma with operand a in registers: d (64, n) = [d +] a (64, 32) . b (n, 32)^T, n twice the sums of a thread,
-// b K-major in shared memory swizzled by 128 bytes. The text was written by a script, one operand for each sum.
+// int8 wgmma with packed ternary weights as operand a, in registers.
 #pragma once
 
 #include "hopper.cuh"
+#include "ternary_tiles.cuh"
+
+// The operand fragment of 32 columns: 64 times the codes of a word. The empty statement keeps the unpacking where it is
+// written, so that it never comes between a fence and a wgmma, which would wait for each other.
+__device__ __forceinline__ void unpack(uint32_t (&a)[4], uint32_t word) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) a[r] = unpack_codes(word, r);
+    asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+}
+
+// d (64, n) = [d +] a (64, 32) . b (n, 32)^T, n twice the sums of a thread, b K-major in shared memory swizzled by 128
+// bytes. The text was written by a script, one operand for each sum.
+__device__ __forceinline__ void multiply_codes(int (&d)[16], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "{%16, %17, %18, %19}, %20, p;\n}\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]),
+          "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+__device__ __forceinline__ void multiply_codes(int (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, p;\n}\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]),
+          "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]),
+          "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]),
+          "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
 
 __device__ __forceinline__ void multiply_codes(int (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     asm volatile(

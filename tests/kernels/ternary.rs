@@ -60,7 +60,7 @@ impl Case {
 /// All three kinds of result, each to the bit.
 fn check(gpu: &Gpu, kernels: &TernaryMatmul, case: &Case) {
     let &Case { m, n, k, .. } = case;
-    let what = format!("{} {m} x {n} x {k}", kernels.kernel_name(m, n));
+    let what = format!("{} {m} x {n} x {k}", kernels.kernel_name(m, n, k));
     let packed = PackedTernary::pack(&case.w, n, k).unwrap();
     let tiles = TernaryTiles::load(&gpu.device).unwrap();
     let w = tiles.upload(&packed, &case.row_scales).unwrap();
@@ -111,6 +111,9 @@ fn ternary_products_are_exact_at_any_shape() {
         [127, 16, 2080],
         [129, 257, 96],
         [256, 384, 768],
+        [50, 3000, 1600],
+        [250, 2048, 6144],
+        [100, 12288, 512],
         [500, 333, 3200],
         [1000, 50, 32],
         [2048, 1030, 256],
@@ -133,10 +136,38 @@ fn the_largest_ternary_sums_are_exact() {
     let Some(gpu) = gpu() else { return };
     for kernels in paths(&gpu) {
         for (x, w) in [(-128, -1), (-128, 1), (127, -1), (127, 1), (-128, 0)] {
-            for m in [1, 9, 40, 130] {
+            for m in [1, 9, 20, 40, 130] {
                 let shape = [m, 18, (1 << 18) - 32];
                 check(&gpu, &kernels, &Case::constant(shape, x, w));
             }
+        }
+    }
+}
+
+/// Products that may start while the ones before still run.
+#[test]
+fn ternary_products_in_a_row_are_exact() {
+    let Some(gpu) = gpu() else { return };
+    let mut random = Random::new();
+    let tiles = TernaryTiles::load(&gpu.device).unwrap();
+    let (n, k) = (1088, 2080);
+    for kernels in paths(&gpu) {
+        let cases = [1, 8, 16, 17, 50, 64, 120, 200, 400, 600, 1]
+            .map(|m| Case::random(&mut random, [m, n, k]));
+        let operands = cases.each_ref().map(|case| {
+            let packed = PackedTernary::pack(&case.w, n, k).unwrap();
+            let w = tiles.upload(&packed, &case.row_scales).unwrap();
+            (gpu.upload(&case.x), w)
+        });
+        let mut results = cases.each_ref().map(|case| gpu.poisoned::<i32>(case.m * n));
+        for ((case, (x, w)), y) in cases.iter().zip(&operands).zip(&mut results) {
+            kernels
+                .sums(&x.view(), case.m, w, &mut y.view_mut())
+                .unwrap();
+        }
+        for (case, y) in cases.iter().zip(&results) {
+            let what = kernels.kernel_name(case.m, n, k);
+            exact(&what, &y.read(), &case.sums());
         }
     }
 }

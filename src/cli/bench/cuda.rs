@@ -84,7 +84,7 @@ impl<'a> Bench<'a> {
             self.kernels.scaled(&x, &x_scales, m, weights[copy], y)
         })?;
         Ok(Path {
-            name: self.kernels.kernel_name(m, n),
+            name: self.kernels.kernel_name(m, n, k),
             cold,
             warm,
             bytes: m * k + packed.bytes() + size_of::<bf16>() * m * n,

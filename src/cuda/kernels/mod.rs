@@ -19,7 +19,7 @@ pub mod ternary_weights;
 pub mod to_bf16;
 pub mod transpose;
 
-pub use module::{Argument, Kernel, Module};
+pub use module::{Argument, Kernel, Launch, Module};
 pub use ternary_matmul::TernaryMatmul;
 pub use ternary_tiles::{CudaPackedTernary, TernaryTiles};
 

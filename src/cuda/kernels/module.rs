@@ -7,11 +7,9 @@ use candle_core::CudaDevice;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys::{
     self, CUdevice_attribute, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID,
-    CUlaunchConfig,
+    CUlaunchConfig, CUresult,
 };
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaModule, CudaStream, DeviceRepr, result,
-};
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, CudaStream, DeviceRepr};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 
 use crate::Result;
@@ -101,83 +99,134 @@ impl Kernel {
         Ok(self.stream.context().attribute(attribute).w()? as usize)
     }
 
-    /// Queues the kernel and returns without waiting for it.
-    ///
-    /// # Safety
-    /// `arguments` must be those of the kernel's signature, in order, and every address among
-    /// them must hold what the kernel's comment says.
+    /// Clusters of so many blocks that the device holds at a time.
     ///
     /// # Errors
-    /// `Tensor` if the driver refuses the launch, or an earlier kernel failed.
+    /// `Tensor` if the driver does not say.
+    pub fn resident_clusters(&self, threads: usize, cluster: usize) -> Result<usize> {
+        let launch = Launch {
+            grid: [cluster, 1, 1],
+            threads,
+            shared_bytes: self.shared_bytes as usize,
+            cluster,
+            overlapped: false,
+        };
+        let mut clusters = 0;
+        launch.with_config(&self.stream, |config| {
+            // SAFETY: the configuration is whole, and `clusters` is written.
+            unsafe {
+                sys::cuOccupancyMaxActiveClusters(
+                    &raw mut clusters,
+                    self.function.cu_function(),
+                    config,
+                )
+            }
+        })?;
+        Ok((clusters as usize).max(1))
+    }
+
+    /// Queues the kernel with the shared memory it was loaded with, and returns without waiting for
+    /// it.
+    ///
+    /// # Safety
+    /// As [`Self::launch_with`].
+    ///
+    /// # Errors
+    /// As [`Self::launch_with`].
     pub unsafe fn launch(
         &self,
         grid: [usize; 3],
         threads: usize,
         arguments: &[&dyn Argument],
     ) -> Result<()> {
-        let mut pointers: Vec<_> = arguments.iter().map(|a| a.pointer()).collect();
-        // SAFETY: as promised by the caller; the driver copies the arguments before it returns.
-        unsafe {
-            result::launch_kernel(
-                self.function.cu_function(),
-                grid.map(|blocks| blocks as u32).into(),
-                (threads as u32, 1, 1),
-                self.shared_bytes,
-                self.stream.cu_stream(),
-                &mut pointers,
-            )
-        }
-        .w()?;
-        Ok(())
+        let launch = Launch {
+            grid,
+            threads,
+            shared_bytes: self.shared_bytes as usize,
+            cluster: 0,
+            overlapped: false,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(&launch, arguments) }
     }
 
-    /// As [`Self::launch`], with `shared_bytes` of dynamic shared memory. An `overlapped` kernel may
-    /// start while earlier ones still run (from sm_90 on): it reads what they do not write, and then
-    /// waits for their end itself (`griddepcontrol.wait`).
+    /// Queues the kernel and returns without waiting for it.
     ///
     /// # Safety
-    /// As [`Self::launch`]; an overlapped kernel must wait before it reads what earlier kernels
-    /// write, and before it writes.
+    /// `arguments` must be those of the kernel's signature, in order, and every address among
+    /// them must hold what the kernel's comment says. An overlapped kernel must wait before it reads
+    /// what earlier kernels write, and before it writes.
     ///
     /// # Errors
-    /// As [`Self::launch`].
-    pub unsafe fn launch_with(
-        &self,
-        grid: [usize; 3],
-        threads: usize,
-        shared_bytes: usize,
-        overlapped: bool,
-        arguments: &[&dyn Argument],
-    ) -> Result<()> {
+    /// `Tensor` if the driver refuses the launch, or an earlier kernel failed.
+    pub unsafe fn launch_with(&self, launch: &Launch, arguments: &[&dyn Argument]) -> Result<()> {
         let mut pointers: Vec<_> = arguments.iter().map(|a| a.pointer()).collect();
+        launch.with_config(&self.stream, |config| {
+            // SAFETY: as promised by the caller; the driver copies the arguments before it returns.
+            unsafe {
+                sys::cuLaunchKernelEx(
+                    config,
+                    self.function.cu_function(),
+                    pointers.as_mut_ptr(),
+                    std::ptr::null_mut(),
+                )
+            }
+        })
+    }
+}
+
+/// How a kernel is launched.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    pub grid: [usize; 3],
+    pub threads: usize,
+    /// Of dynamic shared memory, at most what the kernel was loaded with.
+    pub shared_bytes: usize,
+    /// Blocks of a cluster, along the grid's first dimension; 0 for what the kernel itself says.
+    pub cluster: usize,
+    /// Whether it may start while earlier kernels still run (from sm_90 on): it reads what they do
+    /// not write, and then waits for their end itself (`griddepcontrol.wait`).
+    pub overlapped: bool,
+}
+
+impl Launch {
+    /// Calls the driver with this launch on `stream`.
+    fn with_config(
+        &self,
+        stream: &CudaStream,
+        call: impl FnOnce(*const CUlaunchConfig) -> CUresult,
+    ) -> Result<()> {
+        let mut attributes = Vec::new();
         // SAFETY: a plain C structure, of which zeros are a value.
-        let mut overlap: CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        overlap.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        overlap.value.programmaticStreamSerializationAllowed = 1;
-        let [x, y, z] = grid.map(|blocks| blocks as u32);
+        let attribute = || -> CUlaunchAttribute { unsafe { std::mem::zeroed() } };
+        if self.overlapped {
+            let mut overlap = attribute();
+            overlap.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            overlap.value.programmaticStreamSerializationAllowed = 1;
+            attributes.push(overlap);
+        }
+        if self.cluster > 0 {
+            let mut cluster = attribute();
+            cluster.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            cluster.value.clusterDim.x = self.cluster as u32;
+            cluster.value.clusterDim.y = 1;
+            cluster.value.clusterDim.z = 1;
+            attributes.push(cluster);
+        }
+        let [x, y, z] = self.grid.map(|blocks| blocks as u32);
         let config = CUlaunchConfig {
             gridDimX: x,
             gridDimY: y,
             gridDimZ: z,
-            blockDimX: threads as u32,
+            blockDimX: self.threads as u32,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: shared_bytes as u32,
-            hStream: self.stream.cu_stream(),
-            attrs: &raw mut overlap,
-            numAttrs: u32::from(overlapped),
+            sharedMemBytes: self.shared_bytes as u32,
+            hStream: stream.cu_stream(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         };
-        // SAFETY: as promised by the caller; the driver copies the arguments before it returns.
-        unsafe {
-            sys::cuLaunchKernelEx(
-                &raw const config,
-                self.function.cu_function(),
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        }
-        .result()
-        .w()?;
+        call(&raw const config).result().w()?;
         Ok(())
     }
 }

@@ -4,6 +4,7 @@
 mod hopper;
 mod portable;
 mod small;
+mod split;
 
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::WrapErr;
@@ -16,16 +17,13 @@ use self::hopper::Hopper;
 use self::portable::Portable;
 use self::small::Small;
 use super::ternary_tiles::CudaPackedTernary;
-use super::{Argument, Kernel, Module};
+use super::{Argument, Kernel, Launch, Module};
 use crate::config::Kernels;
 use crate::quant::matmul;
 use crate::{Error, Result};
 
 /// Most tokens of the kernel for few: one fragment of a tensor core's operand.
 const FEW_TOKENS: usize = 16;
-
-/// Up to so many tokens mma.sync is faster than wgmma, of whose tiles half would be empty.
-const PORTABLE_TOKENS: usize = 64;
 
 /// What vector loads and bulk copies start on.
 const ALIGNMENT: u64 = 16;
@@ -105,16 +103,9 @@ struct Product {
     overlapped: bool,
 }
 
-/// A kernel's launch.
-struct Launch {
-    grid: [usize; 3],
-    threads: usize,
-    /// Of dynamic shared memory; at most what the kernel was loaded with.
-    shared_bytes: usize,
-}
-
 impl Product {
-    /// Launches `kernel` on this product; `x` is its first argument, where that is not the address.
+    /// Launches `kernel` on this product. `x` and `w` are its first arguments: addresses or tensor
+    /// maps.
     ///
     /// # Safety
     /// The operands must hold what the sizes say, and the launch be one that the kernel takes.
@@ -122,27 +113,15 @@ impl Product {
         &self,
         kernel: &Kernel,
         launch: &Launch,
-        x: Option<&dyn Argument>,
+        x: &dyn Argument,
+        w: &dyn Argument,
     ) -> Result<()> {
         let [m, n, k] = [self.m, self.n, self.k].map(|size| size as i32);
-        let arguments: [&dyn Argument; 8] = [
-            x.unwrap_or(&self.x),
-            &self.w,
-            &self.x_scale,
-            &self.w_scale,
-            &self.y,
-            &m,
-            &n,
-            &k,
-        ];
-        let Launch {
-            grid,
-            threads,
-            shared_bytes,
-        } = *launch;
+        let arguments: [&dyn Argument; 8] =
+            [x, w, &self.x_scale, &self.w_scale, &self.y, &m, &n, &k];
         // SAFETY: the arguments are those of the kernels' signatures, in order; the rest is the
         // caller's promise. Kernels that are launched overlapped wait before they read x.
-        unsafe { kernel.launch_with(grid, threads, shared_bytes, self.overlapped, &arguments) }
+        unsafe { kernel.launch_with(launch, &arguments) }
     }
 }
 
@@ -173,19 +152,13 @@ impl TernaryMatmul {
         }
     }
 
-    /// The kernel that multiplies M tokens by N rows of weights.
-    pub fn kernel_name(&self, m: usize, n: usize) -> String {
-        match self.hopper(m, n) {
+    /// The kernel that multiplies M tokens by N rows of K weights.
+    pub fn kernel_name(&self, m: usize, n: usize, k: usize) -> String {
+        match &self.hopper {
             _ if m <= FEW_TOKENS => "mma, few tokens".into(),
-            Some(hopper) => format!("wgmma, tiles of {}", hopper.tile_name(m, n)),
+            Some(hopper) => hopper.name(m, n, k),
             None => format!("mma, tiles of {}", self.portable.tile_name(m, n)),
         }
-    }
-
-    /// The kernels for Hopper, where they are the fastest.
-    fn hopper(&self, m: usize, n: usize) -> Option<&Hopper> {
-        let hopper = self.hopper.as_ref()?;
-        (m > PORTABLE_TOKENS && hopper.fills_the_gpu(m, n)).then_some(hopper)
     }
 
     /// The sums: queues the product on the device's stream and returns without waiting for it; `y`
@@ -277,7 +250,7 @@ impl TernaryMatmul {
         };
         // SAFETY: the operands are alive, and of the sizes that were just checked.
         unsafe {
-            match self.hopper(m, n) {
+            match &self.hopper {
                 _ if m <= FEW_TOKENS => self.small.launch(&product),
                 Some(hopper) => hopper.launch(&product),
                 None => self.portable.launch(&product),

@@ -4,9 +4,9 @@ use candle_core::CudaDevice;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
 
-use super::{ByOutput, Launch, Product};
+use super::{ByOutput, Product};
 use crate::Result;
-use crate::cuda::kernels::{Module, fatbin};
+use crate::cuda::kernels::{Launch, Module, fatbin};
 
 /// How a kernel of the file cuts up y.
 struct Tiling {
@@ -140,8 +140,17 @@ impl Portable {
             grid: [blocks, 1, 1],
             threads: tiling.threads,
             shared_bytes: tiling.launch_bytes(each, self.processor_bytes),
+            cluster: 0,
+            overlapped: product.overlapped,
         };
         // SAFETY: the caller's promise; the launch is the kernel's.
-        unsafe { product.launch(version.kernels.of(product.output), &launch, None) }
+        unsafe {
+            product.launch(
+                version.kernels.of(product.output),
+                &launch,
+                &product.x,
+                &product.w,
+            )
+        }
     }
 }
