@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use common::{assert_close, devices};
+use common::{assert_close, devices, reference_config};
 use serde_json::Value;
 use tempfile::TempDir;
 use titanbit::data::tokenize::vocabulary::{Vocabulary, end_of_text, parse};
@@ -49,21 +49,7 @@ fn tokenizer() -> Tokenizer {
 /// The model that the harness ran.
 fn model(device: &Device) -> Model {
     let path = reference("lm_eval_reference.safetensors");
-    let bytes = fs::read(&path).unwrap();
-    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
-    let info = metadata.metadata().clone().unwrap();
-    let number = |key: &str| info[key].parse().unwrap();
-    let config = BitNetConfig {
-        vocab_size: number("vocab_size"),
-        hidden_size: number("hidden_size"),
-        layers: number("layers"),
-        heads: number("heads"),
-        kv_heads: number("kv_heads"),
-        intermediate_size: number("intermediate_size"),
-        max_seq_len: number("seq"),
-        tie_embeddings: true,
-        ..BitNetConfig::default()
-    };
+    let config = reference_config(&path);
     let parameters = Parameters::load(&config, &path, &Device::Cpu).unwrap();
     let model = BitNetTransformer::with_parameters(&config, parameters).unwrap();
     let weights = PackedWeights::read(&config, &model).unwrap();

@@ -2,11 +2,14 @@
 //! script that shares no code with it: logits, loss and the gradient of every weight, on the CPU and
 //! on a GPU if this build and machine have one.
 
+mod common;
+
 use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use titanbit::model::{Activation, BitNetConfig, BitNetTransformer, Parameters};
+use common::{devices, reference_config};
+use titanbit::model::{BitNetConfig, BitNetTransformer, Parameters};
 
 struct Reference {
     config: BitNetConfig,
@@ -14,41 +17,11 @@ struct Reference {
     device: Device,
 }
 
-fn devices() -> Vec<Device> {
-    let mut devices = vec![Device::Cpu];
-    if cfg!(feature = "cuda") {
-        match titanbit::device::select("cuda") {
-            Ok(gpu) => devices.push(gpu),
-            Err(error) => eprintln!("skipped on the GPU: {error}"),
-        }
-    }
-    devices
-}
-
 impl Reference {
     fn load(name: &str, device: &Device) -> Self {
         let path = Path::new("tests/reference").join(format!("{name}.safetensors"));
-        let bytes = std::fs::read(&path).unwrap();
-        let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
-        let info = metadata.metadata().clone().unwrap();
-        let number = |key: &str| info[key].parse::<usize>().unwrap();
-        let config = BitNetConfig {
-            vocab_size: number("vocab_size"),
-            hidden_size: number("hidden_size"),
-            layers: number("layers"),
-            heads: number("heads"),
-            kv_heads: number("kv_heads"),
-            intermediate_size: number("intermediate_size"),
-            max_seq_len: number("seq"),
-            activation: match info["activation"].as_str() {
-                "relu2" => Activation::Relu2,
-                _ => Activation::Silu,
-            },
-            tie_embeddings: info["tie_embeddings"] == "true",
-            ..BitNetConfig::default()
-        };
         Self {
-            config,
+            config: reference_config(&path),
             tensors: candle_core::safetensors::load(&path, device).unwrap(),
             device: device.clone(),
         }

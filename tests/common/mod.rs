@@ -8,13 +8,36 @@ use std::process::{Command, Output};
 use candle_core::Device;
 use serde_json::Value;
 use titanbit::config::Config;
-use titanbit::model::Parameter;
+use titanbit::model::{Activation, BitNetConfig, Parameter};
 use titanbit::train::Learner;
 use titanbit::train::checkpoint::{CheckpointDir, Progress};
 
 /// Tokens 0..50 in a row, again and again: a model can learn it perfectly.
 pub fn counting(tokens: usize) -> Vec<u16> {
     (0..tokens).map(|i| (i % 50) as u16).collect()
+}
+
+/// The shape of a model that a Python script under `tests/reference` stored with its weights.
+pub fn reference_config(path: &Path) -> BitNetConfig {
+    let bytes = std::fs::read(path).unwrap();
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let info = metadata.metadata().clone().unwrap();
+    let number = |key: &str| info[key].parse().unwrap();
+    BitNetConfig {
+        vocab_size: number("vocab_size"),
+        hidden_size: number("hidden_size"),
+        layers: number("layers"),
+        heads: number("heads"),
+        kv_heads: number("kv_heads"),
+        intermediate_size: number("intermediate_size"),
+        max_seq_len: number("seq"),
+        activation: match info["activation"].as_str() {
+            "relu2" => Activation::Relu2,
+            _ => Activation::Silu,
+        },
+        tie_embeddings: info["tie_embeddings"].eq_ignore_ascii_case("true"),
+        ..BitNetConfig::default()
+    }
 }
 
 /// Writes an llm.c token file byte by byte.

@@ -91,19 +91,14 @@ impl Hopper {
         let versions = self.versions.iter();
         let whole = versions
             .filter(|version| m >= version.tiling.least_tokens)
-            .map(|version| (version.predicted_us(m, n, k), version))
-            .min_by(|(a, _), (b, _)| a.total_cmp(b));
+            .map(|version| (version.predicted_us(m, n, k), Choice::Whole(version)));
         let split = self.split.choose(m, n, k);
-        match (whole, split) {
-            (Some((us, version)), Some(split)) if us <= split.predicted_us => {
-                Choice::Whole(version)
-            }
-            (_, Some(split)) => Choice::Split(split),
-            (Some((_, version)), None) => Choice::Whole(version),
-            (None, None) => {
-                unreachable!("up to 64 tokens K can be split, and beyond it need not be")
-            }
-        }
+        let split = split.map(|split| (split.predicted_us, Choice::Split(split)));
+        let choices = whole.chain(split);
+        let (_, fastest) = choices
+            .min_by(|(a, _), (b, _)| a.total_cmp(b))
+            .expect("up to 64 tokens K can be split, and beyond it need not be");
+        fastest
     }
 
     pub fn name(&self, m: usize, n: usize, k: usize) -> String {
