@@ -55,15 +55,6 @@ __device__ __forceinline__ void copy_async16_if(uint32_t shared, const void* glo
         : "memory");
 }
 
-// d += a . b in int32, modulo 2^32: a (16, 32) uint8 by rows, b (32, 8) int8 by columns.
-__device__ __forceinline__ void mma_uint8_int8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 template <typename Out>
 __device__ __forceinline__ Out scaled(int sum, float w_scale, float x_scale) {
     if constexpr (std::is_same_v<Out, int>) {

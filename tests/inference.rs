@@ -22,18 +22,22 @@ fn config() -> BitNetConfig {
     }
 }
 
-/// Every way to run the model: passes over slices, and candle operations on each device.
+/// Every way to run the model: passes over slices, candle operations on each device, and kernels of
+/// our own on a GPU.
 fn models(model: &BitNetTransformer) -> Vec<(String, Model)> {
     let config = model.config();
     let weights = PackedWeights::read(config, model).unwrap();
-    let mut models = vec![(
-        "slices".to_string(),
-        Model::new(config, weights.clone(), &Device::Cpu).unwrap(),
-    )];
+    let mut models = Vec::new();
     for device in devices() {
-        let name = format!("candle on {device:?}");
-        let model = Model::as_graph(config, &weights, &device).unwrap();
-        models.push((name, model));
+        let kind = if device.is_cpu() { "slices" } else { "kernels" };
+        models.push((
+            format!("{kind} on {device:?}"),
+            Model::new(config, weights.clone(), &device).unwrap(),
+        ));
+        models.push((
+            format!("candle on {device:?}"),
+            Model::as_graph(config, &weights, &device).unwrap(),
+        ));
     }
     models
 }
@@ -63,7 +67,42 @@ fn error(a: &[f32], b: &[f32]) -> f64 {
 /// A GPU's kernels multiply by the reciprocal of a scale: an activation near a tie may get the other
 /// code, which moves everything behind it.
 fn bound(name: &str) -> f64 {
-    if name.contains("Cuda") { 2e-2 } else { 2e-6 }
+    if name.contains("Cuda") {
+        BY_A_CODE
+    } else {
+        2e-6
+    }
+}
+
+/// Where one int8 code differs.
+const BY_A_CODE: f64 = 2e-2;
+
+/// Models for which a GPU has kernels of their own, and one for which it has none.
+fn shapes() -> Vec<BitNetConfig> {
+    let shape = |hidden_size, heads, kv_heads| BitNetConfig {
+        hidden_size,
+        heads,
+        kv_heads,
+        layers: 2,
+        intermediate_size: 320,
+        ..config()
+    };
+    vec![
+        shape(256, 4, 1),
+        BitNetConfig {
+            activation: Activation::Relu2,
+            ..shape(400, 4, 2)
+        },
+        BitNetConfig {
+            tie_embeddings: true,
+            ..shape(256, 2, 2)
+        },
+        // A gate of no whole tiles.
+        BitNetConfig {
+            intermediate_size: 136,
+            ..shape(64, 2, 1)
+        },
+    ]
 }
 
 #[test]
@@ -74,22 +113,67 @@ fn logits_are_those_of_the_training_model_however_the_tokens_are_fed() {
             activation,
             ..config()
         };
-        let model = BitNetTransformer::new(&config, 7, &Device::Cpu).unwrap();
-        let ids = ids(150);
-        let expected = expected_logits(&model, &ids);
-        for (name, packed) in models(&model) {
-            // All at once, one by one, and in pieces of all sizes.
-            for pieces in [vec![150], vec![1; 150], vec![7, 1, 1, 64, 70, 1, 2, 4]] {
-                let mut session = packed.session();
-                let mut logits = Vec::new();
-                for piece in &pieces {
-                    let ids = &ids[session.len()..session.len() + piece];
-                    logits.extend(session.logits(ids).unwrap());
-                }
-                let error = error(&logits, &expected);
-                println!("{name}, {} pieces: {error:.1e}", pieces.len());
-                assert!(error < bound(&name), "{name}, {pieces:?}: {error:e}");
+        check_logits(&config, bound);
+    }
+}
+
+#[test]
+fn logits_are_those_of_the_training_model_for_every_shape() {
+    for config in shapes() {
+        check_logits(&config, |_| BY_A_CODE);
+    }
+}
+
+/// Feeds tokens all at once, one by one, and in pieces of all sizes.
+fn check_logits(config: &BitNetConfig, bound: fn(&str) -> f64) {
+    let model = BitNetTransformer::new(config, 7, &Device::Cpu).unwrap();
+    let ids = ids(150);
+    let expected = expected_logits(&model, &ids);
+    let (heads, head_dim) = (config.heads, config.head_dim());
+    for (name, packed) in models(&model) {
+        for pieces in [vec![150], vec![1; 150], vec![7, 1, 1, 64, 70, 1, 2, 4]] {
+            let mut session = packed.session();
+            let mut logits = Vec::new();
+            for piece in &pieces {
+                let ids = &ids[session.len()..session.len() + piece];
+                logits.extend(session.logits(ids).unwrap());
             }
+            let error = error(&logits, &expected);
+            let what = format!(
+                "{name}, {heads} heads of {head_dim}, {} pieces",
+                pieces.len()
+            );
+            println!("{what}: {error:.1e}");
+            assert!(error < bound(&name), "{what}: {error:e}");
         }
+    }
+}
+
+#[test]
+fn a_session_goes_back_and_on_as_if_nothing_had_been() {
+    let model = BitNetTransformer::new(&config(), 9, &Device::Cpu).unwrap();
+    let ids = ids(120);
+    let expected = expected_logits(&model, &ids);
+    let vocab = config().vocab_size;
+    for (name, packed) in models(&model) {
+        let check = |what: &str, logits: &[f32], first: usize| {
+            let expected = &expected[first * vocab..][..logits.len()];
+            let error = error(logits, expected);
+            println!("{name}, {what}: {error:.1e}");
+            assert!(error < bound(&name), "{name}, {what}: {error:e}");
+        };
+        let mut session = packed.session();
+        session.next_logits(&ids[..100]).unwrap();
+        for id in [5, 6, 7] {
+            session.next_logits(&[id]).unwrap();
+        }
+        session.truncate(60);
+        check("several", &session.logits(&ids[60..90]).unwrap(), 60);
+        session.truncate(40);
+        for at in 40..50 {
+            check("one by one", &session.logits(&ids[at..at + 1]).unwrap(), at);
+        }
+        session.truncate(0);
+        check("anew", &session.next_logits(&ids).unwrap(), ids.len() - 1);
     }
 }

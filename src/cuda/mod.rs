@@ -1,6 +1,6 @@
 //! Work on an NVIDIA GPU. Training: [`Engine`] runs whole steps, `network` and `layer` are the
-//! passes through the model. Inference: `bit_linear` multiplies with packed weights. `kernels` has a
-//! launcher for each `kernels/*.cu`.
+//! passes through the model. Inference: `bit_linear` multiplies with packed weights; the passes
+//! are in `crate::inference`. `kernels` has a launcher for each `kernels/*.cu`.
 //!
 //! Without the `cuda` feature only the layout of the memory is compiled, for `titanbit info`.
 
@@ -34,6 +34,8 @@ pub use arena::{Arena, DevicePtr};
 pub use engine::Engine;
 #[cfg(feature = "cuda")]
 pub use network::{Batch, Gradient};
+#[cfg(feature = "cuda")]
+pub(crate) use replay::Replay;
 #[cfg(feature = "cuda")]
 pub use replay::record;
 #[cfg(feature = "cuda")]

@@ -4,6 +4,8 @@
 //! [`Session`] feeds tokens to it.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod generate;
 mod graph;
 mod load;

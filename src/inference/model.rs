@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use candle_core::Device;
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::weights::PackedWeights;
 use super::{cpu, graph};
 use crate::model::BitNetConfig;
@@ -18,6 +20,9 @@ pub struct Model {
 enum Network {
     /// Passes over slices.
     Cpu(cpu::Network),
+    /// Kernels of our own.
+    #[cfg(feature = "cuda")]
+    Cuda(Box<cuda::Network>),
     /// candle operations, for any device.
     Graph(graph::Network),
 }
@@ -44,6 +49,10 @@ impl Model {
         config.validate()?;
         let network = match device {
             Device::Cpu => Network::Cpu(cpu::Network::new(config, weights)),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) if cuda::takes(config) => {
+                Network::Cuda(cuda::Network::new(config, &weights, device)?.into())
+            }
             _ => Network::Graph(graph::Network::new(config, &weights, device)?),
         };
         Ok(Self {
@@ -78,6 +87,8 @@ impl Model {
             config: &self.config,
             pass: match &self.network {
                 Network::Cpu(network) => Box::new(cpu::Pass::new(network)),
+                #[cfg(feature = "cuda")]
+                Network::Cuda(network) => Box::new(cuda::Pass::new(network)),
                 Network::Graph(network) => Box::new(graph::Pass::new(network)),
             },
             len: 0,

@@ -2,7 +2,7 @@
 
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DeviceRepr};
 use candle_core::{CudaDevice, Device};
-use half::bf16;
+use half::{bf16, f16};
 use titanbit::cuda::DevicePtr;
 use titanbit::cuda::kernels::address;
 
@@ -32,6 +32,7 @@ macro_rules! value {
 value!(f32, f32::from_bits(0x7fc0_0bad), f32::to_bits);
 value!(f64, f64::from_bits(0x7ff8_0000_0000_0bad), f64::to_bits);
 value!(bf16, bf16::from_bits(0x7fda), bf16::to_bits);
+value!(f16, f16::from_bits(0x7eda), f16::to_bits);
 // No kernel makes a code of -128.
 value!(i8, i8::MIN, |x| x as u8);
 value!(u8, 0xda, |x| x);

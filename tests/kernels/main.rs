@@ -11,6 +11,7 @@ mod check;
 mod fp8;
 mod gate;
 mod gpu;
+mod inference;
 mod loss;
 mod norms;
 mod optimizer;

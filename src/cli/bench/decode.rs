@@ -126,8 +126,9 @@ fn time(model: &Model, args: &Args) -> Result<(f64, Vec<f64>)> {
             .map(|_| random.below(vocab) as u32)
             .collect::<Vec<_>>()
     };
-    model.session().next_logits(&prompt())?; // warms up
     let mut session = model.session();
+    session.next_logits(&prompt())?; // warms up
+    session.truncate(0);
     let start = Instant::now();
     session.next_logits(&prompt())?;
     let prefill = start.elapsed().as_secs_f64();

@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod bit_linear;
+pub mod cached_attention;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod gated_activation;
@@ -17,7 +18,10 @@ pub mod ternary_matmul;
 pub mod ternary_tiles;
 pub mod ternary_weights;
 pub mod to_bf16;
+pub mod token_linear;
+pub mod token_norm;
 pub mod transpose;
+pub mod vocabulary;
 
 pub use module::{Argument, Kernel, Launch, Module};
 pub use ternary_matmul::TernaryMatmul;
