@@ -77,7 +77,7 @@ pub struct Output {
     pub address: u64,
     pub stride: usize,
     pub dtype: Float,
-    /// Add to what is there instead of replacing it.
+    /// Add to what is there instead of replacing it; the product has been rounded to `dtype` before.
     pub add: bool,
 }
 
