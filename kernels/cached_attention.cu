@@ -4,40 +4,13 @@
 
 #include <cfloat>
 
-#include "common.cuh"
+#include "token_heads.cuh"
 
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
 constexpr int kBatch = 2;  // keys that a group of lanes has under way
 constexpr int kMerge = 8;  // partial results that are merged at a time
-
-struct Shape {
-    int heads, kv_heads, head_dim, capacity;
-
-    __device__ int features() const { return (heads + 2 * kv_heads) * head_dim; }
-};
-
-// The rotation of a feature: x[d] becomes x[d] * cos + x[partner] * sin.
-struct Turn {
-    float cos, sin;
-    int partner;
-
-    Turn() = default;
-
-    // cos, sin: of the position.
-    __device__ __forceinline__ Turn(const float* cos_row, const float* sin_row, int d, int head_dim) {
-        const int half = head_dim / 2;
-        const bool low = d < half;
-        partner = low ? d + half : d - half;
-        cos = __ldg(cos_row + min(d, partner)), sin = __ldg(sin_row + min(d, partner));
-        if (low) sin = -sin;
-    }
-
-    __device__ __forceinline__ float operator()(const float* x, int d) const {
-        return __ldcg(x + d) * cos + __ldcg(x + partner) * sin;
-    }
-};
 
 __device__ __forceinline__ float dot(const float4& a, const float4& b) {
     return (a.x * b.x + a.y * b.y) + (a.z * b.z + a.w * b.w);

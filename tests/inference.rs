@@ -150,6 +150,50 @@ fn check_logits(config: &BitNetConfig, bound: fn(&str) -> f64) {
 }
 
 #[test]
+fn log_likelihoods_are_those_of_the_logits() {
+    for config in [config()].into_iter().chain(shapes()) {
+        let model = BitNetTransformer::new(&config, 11, &Device::Cpu).unwrap();
+        for (name, packed) in models(&model) {
+            // Kernels of our own multiply 16 bits of a value.
+            let by_kernels = name.contains("kernels");
+            let bound = if by_kernels { 1e-4 } else { 2e-5 };
+            for pieces in [vec![150], vec![1; 150], vec![7, 1, 1, 64, 70, 1, 2, 4]] {
+                let error = log_likelihood_error(&packed, &pieces);
+                let what = format!("{name}, {} pieces", pieces.len());
+                println!("{what}: log-likelihoods off by {error:.1e}");
+                assert!(error < bound, "{what}: {error:e}");
+            }
+        }
+    }
+}
+
+/// The largest difference to f64 on the logits of a session fed alike, over all tokens.
+fn log_likelihood_error(model: &Model, pieces: &[usize]) -> f64 {
+    let ids = ids(pieces.iter().sum::<usize>() + 1);
+    let (mut by_logits, mut by_targets) = (model.session(), model.session());
+    let mut largest = 0f64;
+    for piece in pieces {
+        let (from, to) = (by_logits.len(), by_logits.len() + piece);
+        let (ids, targets) = (&ids[from..to], &ids[from + 1..=to]);
+        let logits = by_logits.logits(ids).unwrap();
+        let got = by_targets.log_likelihoods(ids, targets).unwrap();
+        assert_eq!(got.len(), *piece);
+        let rows = logits.chunks(model.config().vocab_size).zip(targets);
+        for ((row, target), got) in rows.zip(got) {
+            let sum: f64 = row.iter().map(|l| f64::from(*l).exp()).sum();
+            let want = f64::from(row[*target as usize]) - sum.ln();
+            let error = (f64::from(got) - want).abs();
+            largest = if error > largest || error.is_nan() {
+                error
+            } else {
+                largest
+            };
+        }
+    }
+    largest
+}
+
+#[test]
 fn a_session_goes_back_and_on_as_if_nothing_had_been() {
     let model = BitNetTransformer::new(&config(), 9, &Device::Cpu).unwrap();
     let ids = ids(120);

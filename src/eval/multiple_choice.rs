@@ -109,7 +109,7 @@ pub fn answer(session: &mut Session, question: &Question, prompt: &Prompt) -> Re
         if held != Some(skip) {
             session.truncate(0);
             if !rest.is_empty() {
-                session.next_logits(rest)?;
+                session.feed(rest)?;
             }
             held = Some(skip);
         }

@@ -159,7 +159,7 @@ fn score(
         let context = (scored - start) as usize;
         session.truncate(0);
         if context > 0 {
-            session.next_logits(&inputs[..context])?;
+            session.feed(&inputs[..context])?;
         }
         let likelihoods = session.log_likelihoods(&inputs[context..], &targets[context..])?;
         for (target, likelihood) in (scored + 1..).zip(likelihoods) {

@@ -3,12 +3,14 @@
 use std::ops::Range;
 
 use candle_core::Device;
+use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::weights::PackedWeights;
 use super::{cpu, graph};
 use crate::model::BitNetConfig;
+use crate::model::cpu::lm_loss::log_likelihood;
 use crate::{Error, Result};
 
 /// The weights of a model on the device that runs it.
@@ -34,6 +36,20 @@ pub(super) trait Pass {
 
     /// Logits (rows, vocab) of some of the tokens last fed.
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>>;
+
+    /// The natural log of the probability of `targets[i]` after the i-th of the tokens last fed, for
+    /// all of them.
+    fn log_likelihoods(&mut self, targets: &[u32]) -> Result<Vec<f32>> {
+        let mut likelihoods = Vec::with_capacity(targets.len());
+        for (i, targets) in targets.chunks(LOGITS_ROWS).enumerate() {
+            let first = i * LOGITS_ROWS;
+            let mut logits = self.logits(first..first + targets.len())?;
+            let vocab = logits.len() / targets.len();
+            let rows = logits.par_chunks_exact_mut(vocab).zip(targets);
+            likelihoods.par_extend(rows.map(|(row, target)| log_likelihood(row, *target as usize)));
+        }
+        Ok(likelihoods)
+    }
 
     /// Forgets all tokens but the first `len`.
     fn truncate(&mut self, len: usize);
@@ -152,17 +168,11 @@ impl Session<'_> {
         }
         self.check_vocabulary(targets)?;
         self.feed(ids)?;
-        let mut likelihoods = Vec::with_capacity(ids.len());
-        for (i, targets) in targets.chunks(LOGITS_ROWS).enumerate() {
-            let first = i * LOGITS_ROWS;
-            let logits = self.pass.logits(first..first + targets.len())?;
-            let rows = logits.chunks_exact(self.config.vocab_size).zip(targets);
-            likelihoods.extend(rows.map(|(row, target)| log_softmax(row, *target as usize)));
-        }
-        Ok(likelihoods)
+        self.pass.log_likelihoods(targets)
     }
 
-    fn feed(&mut self, ids: &[u32]) -> Result<()> {
+    /// Appends tokens in one pass. Errors as [`Self::next_logits`].
+    pub fn feed(&mut self, ids: &[u32]) -> Result<()> {
         if ids.is_empty() {
             return Err(Error::usage("no tokens to run the model on"));
         }
@@ -189,11 +199,4 @@ impl Session<'_> {
             None => Ok(()),
         }
     }
-}
-
-/// `logits[target] - ln(sum(exp(logits)))`, summed in f64.
-fn log_softmax(logits: &[f32], target: usize) -> f32 {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|l| f64::from(l - largest).exp()).sum();
-    (f64::from(logits[target] - largest) - sum.ln()) as f32
 }

@@ -1,4 +1,4 @@
-//! `titanbit bench decode`: a model of random weights, prompt and tokens after it.
+//! `titanbit bench decode`: a model of random weights, a prompt, its log-likelihood, and tokens after it.
 
 use std::time::Instant;
 
@@ -9,14 +9,14 @@ use serde_json::json;
 use super::machine::Machine;
 use crate::cli::{console, format};
 use crate::inference::weights::TableValues;
-use crate::inference::{Model, PackedWeights, Projections, Table, WeightSource};
+use crate::inference::{Model, PackedWeights, Projections, Session, Table, WeightSource};
 use crate::model::{BitNetConfig, Projection};
 use crate::quant::PackedTernary;
 use crate::quant::packing::VALUES_PER_WORD;
 use crate::random::SplitMix64;
 use crate::{Error, Result, device};
 
-/// Time a prompt and the tokens after it, with random weights of a published size.
+/// Time a prompt, its log-likelihood and the tokens after it, with random weights of a published size.
 ///
 /// Packed projections, embedding and LM head in 16 bits, as `titanbit export --format packed` has
 /// them. A token reads all weights but the embedding once: the share of the memory's bandwidth is what
@@ -64,7 +64,11 @@ pub fn run(args: &Args) -> Result<()> {
     let bytes = weights.bytes_per_token();
     let model = Model::new(&config, weights, &device)?;
     let before = Machine::measure(&device)?;
-    let (prefill, tokens) = time(&model, args)?;
+    let Times {
+        prefill,
+        score,
+        tokens,
+    } = time(&model, args)?;
     let after = Machine::measure(&device)?;
     let bandwidth = (before.bandwidth + after.bandwidth) / 2.0;
 
@@ -80,6 +84,7 @@ pub fn run(args: &Args) -> Result<()> {
             "bandwidth": [before.bandwidth, after.bandwidth],
             "prompt_tokens": args.prompt,
             "prefill_tokens_per_s": args.prompt as f64 / prefill,
+            "scored_tokens_per_s": args.prompt as f64 / score,
             "decoded_tokens": args.tokens,
             "token_ms": { "p20": p20 * 1e3, "p50": p50 * 1e3, "p80": p80 * 1e3 },
             "tokens_per_s": 1.0 / p50,
@@ -96,6 +101,7 @@ pub fn run(args: &Args) -> Result<()> {
         "{}, {} threads\n{}: {} read for a token; memory bandwidth {:.1} and {:.1} GB/s measured \
          {access}, before and after\n\n\
          prompt  {} tokens  {:.1} ms  {:.0} tokens/s\n\
+         score   {} tokens  {:.1} ms  {:.0} tokens/s\n\
          decode  {} tokens  {:.2} ms each (median; {:.2} to {:.2})  {:.1} tokens/s  {:.1} GB/s, \
          {:.0}% of the bandwidth",
         device::describe(&device),
@@ -107,6 +113,9 @@ pub fn run(args: &Args) -> Result<()> {
         args.prompt,
         prefill * 1e3,
         args.prompt as f64 / prefill,
+        args.prompt,
+        score * 1e3,
+        args.prompt as f64 / score,
         args.tokens,
         p50 * 1e3,
         p20 * 1e3,
@@ -117,8 +126,16 @@ pub fn run(args: &Args) -> Result<()> {
     ))
 }
 
-/// Seconds of the prompt, and of each token after it, in order of length.
-fn time(model: &Model, args: &Args) -> Result<(f64, Vec<f64>)> {
+/// In seconds.
+struct Times {
+    prefill: f64,
+    /// Log-likelihoods of the prompt's tokens.
+    score: f64,
+    /// Of each token after the prompt, in order of length.
+    tokens: Vec<f64>,
+}
+
+fn time(model: &Model, args: &Args) -> Result<Times> {
     let vocab = model.config().vocab_size as u64;
     let mut random = SplitMix64(1);
     let mut prompt = || {
@@ -127,20 +144,40 @@ fn time(model: &Model, args: &Args) -> Result<(f64, Vec<f64>)> {
             .collect::<Vec<_>>()
     };
     let mut session = model.session();
-    session.next_logits(&prompt())?; // warms up
-    session.truncate(0);
-    let start = Instant::now();
-    session.next_logits(&prompt())?;
-    let prefill = start.elapsed().as_secs_f64();
-    let mut seconds = Vec::with_capacity(args.tokens);
+    let score = after_warming_up(&mut session, |session| {
+        session.log_likelihoods(&prompt(), &prompt())?;
+        Ok(())
+    })?;
+    let prefill = after_warming_up(&mut session, |session| {
+        session.next_logits(&prompt())?;
+        Ok(())
+    })?;
+    let mut tokens = Vec::with_capacity(args.tokens);
     for _ in 0..args.tokens {
         let id = random.below(vocab) as u32;
         let start = Instant::now();
         session.next_logits(&[id])?;
-        seconds.push(start.elapsed().as_secs_f64());
+        tokens.push(start.elapsed().as_secs_f64());
     }
-    seconds.sort_by(f64::total_cmp);
-    Ok((prefill, seconds))
+    tokens.sort_by(f64::total_cmp);
+    Ok(Times {
+        prefill,
+        score,
+        tokens,
+    })
+}
+
+/// Runs `pass` on an empty session twice -> seconds of the second time.
+fn after_warming_up(
+    session: &mut Session,
+    mut pass: impl FnMut(&mut Session) -> Result<()>,
+) -> Result<f64> {
+    session.truncate(0);
+    pass(session)?;
+    session.truncate(0);
+    let start = Instant::now();
+    pass(session)?;
+    Ok(start.elapsed().as_secs_f64())
 }
 
 /// The same random weights each time.

@@ -1,9 +1,12 @@
-//! Launcher of `kernels/cached_attention.cu`: attention over a cache of keys and values.
+//! Launcher of `kernels/cached_attention.cu`: attention over a cache of keys and values. Many tokens
+//! at a time go to `prompt_attention`.
 
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use half::bf16;
 
+use super::prompt_attention::{Prompt, PromptAttention};
 use super::{Kernel, Launch, Module, address, fatbin};
 use crate::Result;
 use crate::cuda::DevicePtr;
@@ -17,6 +20,9 @@ const BLOCKS_A_PROCESSOR: usize = 2;
 /// Keys of a part, at least.
 const MIN_KEYS: i32 = 64;
 
+/// From so many tokens on, tensor cores take less.
+const PROMPT_TOKENS: usize = 64;
+
 /// Heads of so many features have kernels.
 pub fn takes_head_dim(head_dim: usize) -> bool {
     head_dim.is_multiple_of(4) && head_dim <= 128
@@ -25,6 +31,7 @@ pub fn takes_head_dim(head_dim: usize) -> bool {
 pub struct CachedAttention {
     append: Kernel,
     attend: Kernel,
+    prompt: Option<PromptAttention>,
     heads: Heads,
     /// Lanes that share a key, and query heads that a block takes.
     lanes: usize,
@@ -52,8 +59,17 @@ pub struct AttentionState {
     pub position: DevicePtr<u32>,
     /// As many values as [`CachedAttention::scratch`] says.
     pub parts: DevicePtr<f32>,
+    pub pairs: DevicePtr<bf16>,
     /// As many zeros as it says.
     pub done: DevicePtr<u32>,
+}
+
+/// Values of the addresses in [`AttentionState`].
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionScratch {
+    pub parts: usize,
+    pub pairs: usize,
+    pub done: usize,
 }
 
 impl CachedAttention {
@@ -72,6 +88,7 @@ impl CachedAttention {
             append: module.kernel("append_to_cache", 0)?,
             blocks: BLOCKS_A_PROCESSOR * attend.processors()?,
             attend,
+            prompt: PromptAttention::load(device, heads, config.max_seq_len)?,
             heads,
             lanes,
             query_heads,
@@ -82,11 +99,18 @@ impl CachedAttention {
         })
     }
 
-    /// Values of `parts` and `done` in [`AttentionState`] for up to `tokens` tokens.
-    pub fn scratch(&self, tokens: usize) -> [usize; 2] {
-        let places = tokens * self.shares();
-        let parts = self.blocks + places;
-        [parts * self.query_heads * (4 * self.lanes + 4), places]
+    /// For up to `tokens` tokens at a time.
+    pub fn scratch(&self, tokens: usize) -> AttentionScratch {
+        let (few, pairs) = match &self.prompt {
+            Some(prompt) => (tokens.min(PROMPT_TOKENS), prompt.scratch(tokens)),
+            None => (tokens, 0),
+        };
+        let places = few * self.shares();
+        AttentionScratch {
+            parts: (self.blocks + places) * self.query_heads * (4 * self.lanes + 4),
+            pairs,
+            done: places,
+        }
     }
 
     /// Blocks that share out the query heads.
@@ -116,10 +140,10 @@ impl CachedAttention {
         unsafe { self.attend(qkv, cache, state, out, 1, true) }
     }
 
-    /// The same of several tokens, one after the other.
+    /// The same of several tokens after the `before` first, one after the other.
     ///
     /// # Safety
-    /// As [`Self::token`], with as many positions as tokens.
+    /// As [`Self::token`], with as many positions as tokens; `position` must hold `before`.
     ///
     /// # Errors
     /// As [`Self::token`].
@@ -129,10 +153,23 @@ impl CachedAttention {
         cache: LayerCache,
         state: AttentionState,
         out: DevicePtr<f32>,
-        tokens: usize,
+        [before, tokens]: [usize; 2],
     ) -> Result<()> {
         let (cos, sin) = (address(&self.cos), address(&self.sin));
         let [heads, kv_heads, head_dim, capacity] = self.sizes();
+        if let Some(kernels) = &self.prompt
+            && tokens >= PROMPT_TOKENS
+        {
+            let prompt = Prompt {
+                qkv,
+                tokens,
+                before,
+                cos,
+                sin,
+            };
+            // SAFETY: the caller's promise.
+            return unsafe { kernels.run(prompt, cache, state.pairs, out) };
+        }
         // SAFETY: the arguments are those of the kernel; the rest is the caller's promise.
         unsafe {
             self.append.launch(

@@ -77,7 +77,8 @@ pub struct Output {
     pub address: u64,
     pub stride: usize,
     pub dtype: Float,
-    /// Add to what is there instead of replacing it; the product has been rounded to `dtype` before.
+    /// Add to what is there instead of replacing it. A product of fp8 operands is rounded to `dtype`
+    /// first.
     pub add: bool,
 }
 

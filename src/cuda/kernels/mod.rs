@@ -1,14 +1,17 @@
 //! Launchers: one file beside each `kernels/*.cu`, and plain products by cuBLASLt.
 
 pub mod attention;
+pub mod bf16_pairs;
 pub mod bit_linear;
 pub mod cached_attention;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod gated_activation;
 pub mod gemm;
+pub mod log_likelihood;
 mod module;
 pub mod optimizer;
+pub mod prompt_attention;
 pub mod quantize_tokens;
 pub mod rms_norm;
 pub mod rope;

@@ -27,7 +27,7 @@ pub struct CudaTable {
     cols: usize,
 }
 
-enum CudaTableValues {
+pub enum CudaTableValues {
     F32(CudaSlice<f32>),
     F16(CudaSlice<f16>),
 }
@@ -53,6 +53,14 @@ impl CudaTable {
 
     pub fn rows(&self) -> usize {
         self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    pub fn values(&self) -> &CudaTableValues {
+        &self.values
     }
 
     fn address(&self) -> u64 {

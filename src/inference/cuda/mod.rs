@@ -2,6 +2,7 @@
 //! weights, as on the CPU. One token is a single CUDA graph, bound by reading the weights.
 
 mod pass;
+mod scorer;
 mod state;
 
 use candle_core::CudaDevice;

@@ -5,6 +5,7 @@ use std::ops::Range;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 
+use super::scorer::{Scored, Scorer};
 use super::state::{CHUNK, State};
 use super::{Layer, Linear, Network};
 use crate::Result;
@@ -23,6 +24,8 @@ pub struct Pass<'a> {
     /// Normalised final activations of the tokens last fed, (tokens, hidden), where they were
     /// several.
     hidden: Option<CudaSlice<f32>>,
+    /// From the first [`Pass::log_likelihoods`] on.
+    scorer: Option<Scorer<'a>>,
 }
 
 fn pointer<T>(slice: &CudaSlice<T>) -> DevicePtr<T> {
@@ -37,6 +40,7 @@ impl<'a> Pass<'a> {
             state: None,
             replay: Replay::new(network.device.cuda_stream()),
             hidden: None,
+            scorer: None,
         }
     }
 }
@@ -62,7 +66,7 @@ impl crate::inference::model::Pass for Pass<'_> {
         for (i, chunk) in ids.chunks(CHUNK).enumerate() {
             network.send(state, self.len, chunk)?;
             let to = pointer(&hidden).offset(i * CHUNK * features);
-            network.tokens(state, chunk.len(), to)?;
+            network.tokens(state, [self.len, chunk.len()], to)?;
             self.len += chunk.len();
         }
         self.hidden = Some(hidden);
@@ -98,6 +102,22 @@ impl crate::inference::model::Pass for Pass<'_> {
                 .head(x, head, pointer(&logits), rows.len())?
         };
         Ok(stream.clone_dtoh(&logits).w()?)
+    }
+
+    fn log_likelihoods(&mut self, targets: &[u32]) -> Result<Vec<f32>> {
+        let Some(state) = &self.state else {
+            return Ok(Vec::new());
+        };
+        let scorer = match &mut self.scorer {
+            Some(scorer) => scorer,
+            None => self.scorer.insert(Scorer::new(self.network)?),
+        };
+        let of = match &self.hidden {
+            Some(hidden) => Scored::Hidden(pointer(hidden)),
+            None => Scored::Logits(pointer(&state.logits)),
+        };
+        // SAFETY: of each token last fed there is a target.
+        unsafe { scorer.log_likelihoods(of, targets) }
     }
 
     fn truncate(&mut self, len: usize) {
@@ -163,15 +183,21 @@ impl Network {
         }
     }
 
-    /// The tokens that were sent -> their normalised final activations (tokens, hidden).
-    fn tokens(&self, state: &mut State, tokens: usize, hidden: DevicePtr<f32>) -> Result<()> {
+    /// The tokens that were sent, which follow the `before` first -> their normalised final
+    /// activations (tokens, hidden).
+    fn tokens(
+        &self,
+        state: &mut State,
+        [before, tokens]: [usize; 2],
+        hidden: DevicePtr<f32>,
+    ) -> Result<()> {
         let (x, y) = (pointer(&state.x), pointer(&state.y));
         // SAFETY: a chunk is at most what the state has room for.
         unsafe {
             self.vocabulary
                 .embed(state.ids(), &self.embed_tokens, x, tokens)?;
             for (i, layer) in self.layers.iter().enumerate() {
-                self.layer(state, i, layer, tokens)?;
+                self.layer(state, i, layer, [before, tokens])?;
             }
             self.token_norm
                 .add_norm(x, y, self.final_rows(tokens), hidden, false)
@@ -185,9 +211,9 @@ impl Network {
         state: &mut State,
         index: usize,
         layer: &Layer,
-        tokens: usize,
+        [before, tokens]: [usize; 2],
     ) -> Result<()> {
-        let before = match index {
+        let addend = match index {
             0 => DevicePtr::NULL,
             _ => pointer(&state.y),
         };
@@ -196,11 +222,11 @@ impl Network {
         let (x, attention) = (pointer(&state.x), pointer(&state.attention));
         // SAFETY: the caller's promise.
         unsafe {
-            self.normalise(state, x, before, &layer.qkv, tokens)?;
+            self.normalise(state, x, addend, &layer.qkv, tokens)?;
             self.multiply(state, &layer.qkv, tokens, Target::Wide)?;
             let qkv = pointer(&state.wide);
             self.attention
-                .tokens(qkv, cache, attention_state, attention, tokens)?;
+                .tokens(qkv, cache, attention_state, attention, [before, tokens])?;
             self.normalise(state, attention, DevicePtr::NULL, &layer.o, tokens)?;
             self.multiply(state, &layer.o, tokens, Target::Y)?;
             self.normalise(state, x, pointer(&state.y), &layer.gate_up, tokens)?;

@@ -2,6 +2,7 @@
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, PinnedHostSlice};
+use half::bf16;
 
 use super::Network;
 use crate::Result;
@@ -12,7 +13,7 @@ use crate::cuda::kernels::ternary_tiles::K_STEP;
 use crate::cuda::kernels::token_norm::TokenCodes;
 
 /// Tokens of a long prompt that go through the network together.
-pub const CHUNK: usize = 512;
+pub const CHUNK: usize = 2048;
 
 pub struct State {
     /// Keys, then values, of each layer: (layers, 2, kv_heads, max_seq_len, head_dim).
@@ -30,6 +31,7 @@ pub struct State {
     pub codes: CudaSlice<i8>,
     pub scales: CudaSlice<f32>,
     parts: CudaSlice<f32>,
+    pairs: CudaSlice<bf16>,
     done: CudaSlice<u32>,
     /// Of one token: normalised final activations and logits, and where the host reads these.
     pub hidden: CudaSlice<f32>,
@@ -49,7 +51,7 @@ impl State {
         let layer_keys = kv * config.max_seq_len;
         let wide = (hidden + 2 * kv).max(2 * intermediate);
         let stride = hidden.max(intermediate).next_multiple_of(K_STEP);
-        let [parts, done] = network.attention.scratch(tokens);
+        let scratch = network.attention.scratch(tokens);
         // SAFETY: kernels write what they read before; the cache they read up to its last token.
         let f32s = |len| unsafe { stream.alloc::<f32>(len) }.w();
         Ok(Self {
@@ -63,8 +65,10 @@ impl State {
             // SAFETY: as above.
             codes: unsafe { stream.alloc(tokens * stride) }.w()?,
             scales: f32s(tokens)?,
-            parts: f32s(parts)?,
-            done: stream.alloc_zeros(done).w()?,
+            parts: f32s(scratch.parts)?,
+            // SAFETY: as above.
+            pairs: unsafe { stream.alloc(scratch.pairs) }.w()?,
+            done: stream.alloc_zeros(scratch.done).w()?,
             hidden: f32s(hidden)?,
             logits: f32s(config.vocab_size)?,
             // SAFETY: read after a copy only.
@@ -92,6 +96,7 @@ impl State {
         AttentionState {
             position: DevicePtr::new(address(&self.input)),
             parts: DevicePtr::new(address(&self.parts)),
+            pairs: DevicePtr::new(address(&self.pairs)),
             done: DevicePtr::new(address(&self.done)),
         }
     }

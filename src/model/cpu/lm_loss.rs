@@ -13,12 +13,7 @@ const CHUNK_LOGITS: usize = 4 << 20;
 vectorized! {
     /// Cross-entropy of one row of logits; leaves (softmax - one_hot) * scale in their place.
     fn row_loss(logits: &mut [f32], target: usize, scale: f32) -> f32 {
-        let largest = max_by(logits, |x| x);
-        let target_logit = logits[target] - largest;
-        for x in logits.iter_mut() {
-            *x = exp(*x - largest);
-        }
-        let total = sum(logits);
+        let (target_logit, total) = exponentials(logits, target);
         let factor = scale / total;
         for x in logits.iter_mut() {
             *x *= factor;
@@ -26,6 +21,25 @@ vectorized! {
         logits[target] -= scale;
         total.ln() - target_logit
     }
+}
+
+vectorized! {
+    /// The natural log of the probability that softmax gives to the target; the logits are lost.
+    pub fn log_likelihood(logits: &mut [f32], target: usize) -> f32 {
+        let (target_logit, total) = exponentials(logits, target);
+        target_logit - total.ln()
+    }
+}
+
+/// Leaves exp(logit - largest) -> the target's logit less the largest, and the sum of all.
+#[inline(always)]
+fn exponentials(logits: &mut [f32], target: usize) -> (f32, f32) {
+    let largest = max_by(logits, |x| x);
+    let target_logit = logits[target] - largest;
+    for x in logits.iter_mut() {
+        *x = exp(*x - largest);
+    }
+    (target_logit, sum(logits))
 }
 
 /// Gradients of the loss, (tokens, K) and (vocab, K).
