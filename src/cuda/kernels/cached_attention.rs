@@ -66,7 +66,7 @@ pub struct AttentionState {
 
 /// Values of the addresses in [`AttentionState`].
 #[derive(Clone, Copy, Debug)]
-pub struct AttentionScratch {
+pub struct ScratchSizes {
     pub parts: usize,
     pub pairs: usize,
     pub done: usize,
@@ -100,13 +100,13 @@ impl CachedAttention {
     }
 
     /// For up to `tokens` tokens at a time.
-    pub fn scratch(&self, tokens: usize) -> AttentionScratch {
+    pub fn scratch(&self, tokens: usize) -> ScratchSizes {
         let (few, pairs) = match &self.prompt {
             Some(prompt) => (tokens.min(PROMPT_TOKENS), prompt.scratch(tokens)),
             None => (tokens, 0),
         };
         let places = few * self.shares();
-        AttentionScratch {
+        ScratchSizes {
             parts: (self.blocks + places) * self.query_heads * (4 * self.lanes + 4),
             pairs,
             done: places,
