@@ -296,5 +296,9 @@ fn a_packed_file_that_is_cut_or_foreign_is_refused() {
     assert_refused(&cut, 1, &["model.safetensors", "cut short"]);
     let foreign = dir.join("model.safetensors");
     let foreign = generate_from(&foreign, &["--prompt", "a"], None);
-    assert_refused(&foreign, 2, &["is not a checkpoint"]);
+    assert_refused(
+        &foreign,
+        2,
+        &["neither a checkpoint nor", "titanbit export"],
+    );
 }

@@ -31,11 +31,7 @@ pub struct Loaded {
 /// `Usage` if there is nothing there that can be run; `Format` and `Io` as its format says.
 pub fn load(path: &Path) -> Result<Loaded> {
     if !path.exists() {
-        return Err(Error::usage(format!(
-            "{} does not exist: give a checkpoint like runs/NAME/checkpoints/latest, or what \
-             `titanbit export` wrote",
-            path.display()
-        )));
+        return Err(unusable(path, "does not exist"));
     }
     if hf::is_model(path) {
         return hf::read(path);
@@ -62,6 +58,14 @@ pub fn load(path: &Path) -> Result<Loaded> {
     checkpoint(&checkpoint_of(path))
 }
 
+fn unusable(path: &Path, why: &str) -> Error {
+    Error::usage(format!(
+        "{} {why}: give a checkpoint like runs/NAME/checkpoints/latest, or what `titanbit export` \
+         wrote",
+        path.display()
+    ))
+}
+
 /// The newest checkpoint where `path` is the directory of a run, otherwise `path` itself.
 pub fn checkpoint_of(path: &Path) -> Cow<'_, Path> {
     let latest = path.join("checkpoints").join("latest");
@@ -72,7 +76,10 @@ pub fn checkpoint_of(path: &Path) -> Cow<'_, Path> {
 }
 
 fn checkpoint(path: &Path) -> Result<Loaded> {
-    let dir = resolve(path)?;
+    let dir = resolve(path).map_err(|error| match error {
+        Error::Usage(_) => unusable(path, "is neither a checkpoint nor an exported model"),
+        other => other,
+    })?;
     let state = verify_model(&dir)?;
     let model = load_model(&dir, &state.config, &Device::Cpu)?;
     let tokenizer = dir.join(TOKENIZER);
