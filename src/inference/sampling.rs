@@ -1,6 +1,7 @@
 //! The choice of the next token.
 
 use crate::random::SplitMix64;
+use crate::simd::{exp, sum, vectorized};
 use crate::{Error, Result};
 
 /// How a token is drawn, in this order, as in `transformers`: penalty, temperature, top-k, top-p,
@@ -75,9 +76,6 @@ impl Sampling {
     }
 }
 
-/// A token and its weight, the largest of which is 1.
-type Candidate = (u32, f64);
-
 impl Sampler {
     pub fn new(sampling: Sampling, seed: u64) -> Self {
         Self {
@@ -86,27 +84,18 @@ impl Sampler {
         }
     }
 
-    /// The token that follows `context`, by the logits (vocab,) of the model, which the penalty
-    /// changes.
+    /// The token that follows `context`, by the logits (vocab,) of the model, which are lost.
     pub fn next(&mut self, logits: &mut [f32], context: &[u32]) -> u32 {
         self.penalise(logits, context);
         let likeliest = likeliest(logits);
         if self.sampling.temperature == 0.0 {
             return likeliest;
         }
-        let largest = f64::from(logits[likeliest as usize]);
-        let weight = |l: f32| ((f64::from(l) - largest) / self.sampling.temperature).exp();
-        let mut candidates: Vec<Candidate> = (0..).zip(logits.iter().map(|l| weight(*l))).collect();
-        self.limit(&mut candidates);
-        let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
-        let mut left = self.random.unit() * total;
-        for (id, weight) in &candidates {
-            left -= weight;
-            if left < 0.0 {
-                return *id;
-            }
-        }
-        likeliest
+        let largest = logits[likeliest as usize];
+        let temperature = (self.sampling.temperature as f32).max(f32::MIN_POSITIVE);
+        to_weights(logits, largest, temperature);
+        self.limit(logits);
+        draw(logits, self.random.unit()).unwrap_or(likeliest)
     }
 
     fn penalise(&self, logits: &mut [f32], context: &[u32]) {
@@ -127,47 +116,146 @@ impl Sampler {
         }
     }
 
-    /// Drops the candidates that top-k, top-p and min-p exclude.
-    fn limit(&self, candidates: &mut Vec<Candidate>) {
+    /// Takes their weight from the tokens that top-k, top-p and min-p exclude.
+    fn limit(&self, weights: &mut [f32]) {
         let Sampling {
             top_k,
             top_p,
             min_p,
             ..
         } = self.sampling;
-        // The likelier first, of equal ones that of the lower id.
-        let order = |a: &Candidate, b: &Candidate| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-        if top_k > 0 && top_k < candidates.len() {
-            candidates.select_nth_unstable_by(top_k - 1, order);
-            candidates.truncate(top_k);
+        if top_k > 0 && top_k < weights.len() {
+            keep_likeliest(weights, |count, _| count >= top_k);
         }
         if top_p < 1.0 {
-            let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
-            let wanted = top_p * total;
-            // Those below it all together are less than what is not wanted: they need no sorting.
-            let negligible = (total - wanted) / candidates.len() as f64;
-            candidates.retain(|(_, weight)| *weight >= negligible);
-            candidates.sort_unstable_by(order);
-            let mut sum = 0.0;
-            let enough = candidates.iter().position(|(_, weight)| {
-                sum += weight;
-                sum >= wanted
-            });
-            candidates.truncate(enough.map_or(candidates.len(), |last| last + 1));
+            let wanted = top_p * block_sums(weights).sum::<f64>();
+            keep_likeliest(weights, |_, sum| sum >= wanted);
         }
-        candidates.retain(|(_, weight)| *weight >= min_p);
+        for weight in weights.iter_mut() {
+            if f64::from(*weight) < min_p {
+                *weight = 0.0;
+            }
+        }
     }
 }
 
 /// The id of the largest logit, of equal ones the first.
 pub fn likeliest(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = id;
+    let largest = largest(logits);
+    let place = logits.iter().position(|logit| *logit == largest);
+    place.unwrap_or(0) as u32
+}
+
+vectorized! {
+    /// Of those that are numbers.
+    fn largest(logits: &[f32]) -> f32 {
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        let (chunks, rest) = logits.as_chunks::<16>();
+        for chunk in chunks {
+            for (lane, logit) in lanes.iter_mut().zip(chunk) {
+                *lane = if *logit > *lane { *logit } else { *lane };
+            }
+        }
+        lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+vectorized! {
+    /// Probabilities but for a factor: the weight of the largest logit is 1.
+    fn to_weights(logits: &mut [f32], largest: f32, temperature: f32) {
+        for x in logits.iter_mut() {
+            *x = exp((*x - largest) / temperature);
         }
     }
-    best as u32
+}
+
+/// Weights that are summed at a time.
+const BLOCK: usize = 256;
+
+fn block_sums(weights: &[f32]) -> impl Iterator<Item = f64> {
+    weights
+        .chunks(BLOCK)
+        .map(|block| f64::from(block_sum(block)))
+}
+
+vectorized! {
+    fn block_sum(weights: &[f32]) -> f32 {
+        sum(weights)
+    }
+}
+
+/// A token by its weight, for `unit` in [0, 1); `None` if weights are no numbers.
+fn draw(weights: &[f32], unit: f64) -> Option<u32> {
+    let sums: Vec<f64> = block_sums(weights).collect();
+    let mut left = unit * sums.iter().sum::<f64>();
+    for (block, sum) in sums.iter().enumerate() {
+        if left < *sum {
+            let mut last = None;
+            for (id, weight) in weights.iter().enumerate().skip(block * BLOCK).take(BLOCK) {
+                if *weight > 0.0 {
+                    left -= f64::from(*weight);
+                    last = Some(id as u32);
+                }
+                if left < 0.0 {
+                    break;
+                }
+            }
+            return last;
+        }
+        left -= sum;
+    }
+    None
+}
+
+/// Weights, all in [0, 1], fall into classes by their exponent and so many bits after it.
+const CLASS_BITS: u32 = 4;
+const CLASSES: usize = class(1.0) + 1;
+
+const fn class(weight: f32) -> usize {
+    (weight.to_bits() >> (f32::MANTISSA_DIGITS - 1 - CLASS_BITS)) as usize
+}
+
+/// Takes their weight from all tokens after the first, in order of weight and of equal weights in
+/// that of ids, that are `enough` by their number and sum. By classes first, of which only one needs
+/// sorting.
+fn keep_likeliest(weights: &mut [f32], enough: impl Fn(usize, f64) -> bool) {
+    let mut classes = [(0usize, 0f64); CLASSES];
+    for weight in weights.iter() {
+        // What is no number sums to none, and nothing is taken.
+        let Some((count, sum)) = classes.get_mut(class(*weight)) else {
+            return;
+        };
+        *count += 1;
+        *sum += f64::from(*weight);
+    }
+    let (mut count, mut sum) = (0, 0.0);
+    let last = (0..CLASSES).rev().find(|at| {
+        let (in_class, sum_of_class) = classes[*at];
+        let found = enough(count + in_class, sum + sum_of_class);
+        if !found {
+            count += in_class;
+            sum += sum_of_class;
+        }
+        found
+    });
+    let Some(last) = last else { return };
+    let ids = (0..).zip(weights.iter());
+    let mut members: Vec<(u32, f32)> = ids
+        .filter(|(_, weight)| class(**weight) == last)
+        .map(|(id, weight)| (id, *weight))
+        .collect();
+    members.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let end = members.iter().find(|(_, weight)| {
+        count += 1;
+        sum += f64::from(*weight);
+        enough(count, sum)
+    });
+    let Some((end, least)) = end else { return };
+    for (id, weight) in (0..).zip(weights) {
+        if *weight < *least || *weight == *least && id > *end {
+            *weight = 0.0;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -240,6 +328,74 @@ mod tests {
         };
         // Of 0.9 together, 0.5 is 56% and 0.8 is 89%.
         assert_shares(shares(together, &[]), [0.5, 0.0, 0.3, 0.0, 0.0]);
+    }
+
+    /// Which tokens keep their weight, by sorting all of them.
+    fn kept(weights: &[f32], sampling: &Sampling) -> Vec<bool> {
+        let mut order: Vec<usize> = (0..weights.len()).collect();
+        order.sort_by(|a, b| weights[*b].total_cmp(&weights[*a]).then(a.cmp(b)));
+        if sampling.top_k > 0 {
+            order.truncate(sampling.top_k);
+        }
+        let sum_to =
+            |end: usize| -> f64 { order[..end].iter().map(|id| f64::from(weights[*id])).sum() };
+        let wanted = sampling.top_p * sum_to(order.len());
+        let end = (1..order.len()).find(|end| sampling.top_p < 1.0 && sum_to(*end) >= wanted);
+        let mut kept = vec![false; weights.len()];
+        for id in &order[..end.unwrap_or(order.len())] {
+            kept[*id] = f64::from(weights[*id]) >= sampling.min_p && weights[*id] > 0.0;
+        }
+        kept
+    }
+
+    #[test]
+    fn limits_keep_what_sorting_all_tokens_keeps() {
+        let mut random = SplitMix64(3);
+        for case in 0..300 {
+            let vocab = 1 + random.below(700) as usize;
+            // Of few values, some cases have many equal weights.
+            let step = [1e-6, 0.7][case % 2];
+            let logits: Vec<f32> = (0..vocab)
+                .map(|_| ((20.0 * random.unit() / step).round() * step) as f32)
+                .collect();
+            let sampling = Sampling {
+                top_k: random.below(2) as usize * random.below(vocab as u64 + 2) as usize,
+                top_p: if random.below(2) == 0 {
+                    1.0
+                } else {
+                    random.unit().max(1e-3)
+                },
+                min_p: random.below(2) as f64 * random.unit().powi(4),
+                ..Sampling::default()
+            };
+            let mut weights = logits.clone();
+            to_weights(&mut weights, logits[likeliest(&logits) as usize], 1.7);
+            let want = kept(&weights, &sampling);
+            Sampler::new(sampling.clone(), 1).limit(&mut weights);
+            let got: Vec<bool> = weights.iter().map(|weight| *weight > 0.0).collect();
+            assert_eq!(got, want, "{vocab} tokens, {sampling:?}");
+        }
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_leave_the_likeliest() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut logits = logits();
+            logits[1] = bad;
+            let sampling = Sampling {
+                top_k: 3,
+                top_p: 0.9,
+                ..Sampling::default()
+            };
+            let id = Sampler::new(sampling, 1).next(&mut logits, &[]);
+            assert_eq!(id, if bad.is_nan() { 0 } else { 1 });
+        }
+        assert_eq!(likeliest(&[f32::NAN; 3]), 0);
+        let cold = Sampling {
+            temperature: 1e-300,
+            ..Sampling::default()
+        };
+        assert_eq!(Sampler::new(cold, 1).next(&mut logits(), &[]), 0);
     }
 
     #[test]
